@@ -1,0 +1,42 @@
+"""The released layout <-> our modules, in transformers' own conversion mechanism.
+
+`from_pretrained` reads the released names (checkpoint of nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning: 7,349
+tensors) shard by shard; `save_pretrained` applies the same rules backwards and writes exactly those names, so vLLM and
+NVIDIA's tools take a fine-tune as they take the original. Experts are one tensor each on disk and two stacked
+parameters per layer in memory.
+"""
+
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+
+# (released name, our name). Order matters when saving: the first rule that fits wins.
+RENAMES = [
+    (r"^language_model\.lm_head\.", r"lm_head."),
+    (r"^language_model\.backbone\.", r"model.language_model."),
+    (r"^vision_model\.radio_model\.input_conditioner\.", r"model.vision_tower.input_conditioner."),
+    (r"^vision_model\.radio_model\.model\.patch_generator\.", r"model.vision_tower.patch_generator."),
+    (r"^vision_model\.radio_model\.model\.blocks\.", r"model.vision_tower.blocks."),
+    (r"^mlp1\.0\.", r"model.vision_projector.norm."),
+    (r"^mlp1\.1\.", r"model.vision_projector.linear1."),
+    (r"^mlp1\.3\.", r"model.vision_projector.linear2."),
+    (r"^sound_encoder\.encoder\.", r"model.audio_tower."),
+    (r"^sound_projection\.", r"model.audio_projector."),
+]
+
+# Written by transformers' native class for parts that this architecture does not have: LayerScale (ones) and indices
+# of summary tokens. `mtp.` are the draft heads of larger family members.
+IGNORED_ON_LOAD = [r"layer_scale[12]\.lambda1$", r"\.ls[12]\.", r"summary_idxs$", r"(^|\.)mtp\."]
+
+
+def register_released_layout(model_type: str) -> None:
+    """Registers the rules for every class of ours; a second call changes nothing."""
+    rules = [WeightRenaming(released, ours) for released, ours in RENAMES]
+    for name in ("up_proj", "down_proj"):
+        rules.append(
+            WeightConverter(
+                source_patterns=[f"mixer.experts.*.{name}.weight"],
+                target_patterns=f"mixer.experts.{name}",
+                operations=[MergeModulelist(dim=0)],
+            )
+        )
+    register_checkpoint_conversion_mapping(model_type, rules, overwrite=True)

@@ -1,0 +1,514 @@
+"""Nemotron 3 Nano Omni: the towers, their projectors and the language model joined (paper section 2 and figure 1).
+
+How media reach the language model: each tower runs once over all its packed items, a projector maps the result to the
+width of the language model, EVS may drop video tokens (paper 4.6), and the features are put in the places that the
+processor reserved. `mm_token_type_ids` says what each place is for (images and videos share one placeholder id), and
+the places are checked against the features item by item: a count that does not fit raises.
+
+Shape legend: B batch, S tokens, D hidden size, N media tokens, T tubelets, h, w patches per side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .checkpoint import IGNORED_ON_LOAD, register_released_layout
+from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
+from .media import OmniInputError
+from .modeling_audio import OmniAudioModel, init_audio_weights
+from .modeling_language import OmniLanguageModel, OmniRMSNorm, init_language_weights, relu2
+from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
+
+IMAGE, VIDEO, AUDIO = 1, 2, 3  # values of mm_token_type_ids; 0 is text
+MODALITY_NAMES = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
+
+MEDIA_INPUTS = (
+    "mm_token_type_ids",
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "video_keep_tokens",
+    "input_features",
+    "input_features_mask",
+    "audio_clip_counts",
+)
+
+
+class OmniProjector(nn.Module):
+    """RMSNorm -> linear -> relu^2 -> linear: `mlp1` for vision, `sound_projection` for audio."""
+
+    def __init__(self, in_size: int, hidden_size: int, out_size: int, bias: bool = False):
+        super().__init__()
+        self.norm = OmniRMSNorm(in_size, 1e-5)
+        self.linear1 = nn.Linear(in_size, hidden_size, bias=bias)
+        self.linear2 = nn.Linear(hidden_size, out_size, bias=bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear2(relu2(self.linear1(self.norm(features))))
+
+
+def evs_keep_indices(tokens_TRD: torch.Tensor, keep: int) -> torch.Tensor:
+    """Efficient Video Sampling (paper 4.6): which tokens of one video stay.
+
+    Every token is judged by its cosine dissimilarity to the token at the same place one tubelet earlier; the first
+    tubelet always stays. Works at any aspect ratio: places are counted, never arranged.
+
+    Args:
+        tokens_TRD: projected tokens [tubelets, places per tubelet, D].
+        keep: how many tokens stay, at least one tubelet's worth.
+
+    Returns:
+        [keep] indices into the flattened tokens, ascending (order of time).
+    """
+    tubelets, places, _ = tokens_TRD.shape
+    if not places <= keep <= tubelets * places:
+        raise OmniInputError(f"EVS can keep {places} to {tubelets * places} tokens of this video, not {keep}")
+    tokens = tokens_TRD.float()
+    dissimilarity = torch.full((tubelets, places), 255.0, device=tokens.device)
+    dissimilarity[1:] = 1 - F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1)
+    return dissimilarity.flatten().argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def check_places(is_place_BS: torch.Tensor, expected: list[int], modality: str) -> None:
+    """Raises unless the runs of placeholders, in order, add up to every item's count at a run's end.
+
+    Args:
+        is_place_BS: [B, S] bool, on the CPU, True on the placeholders of one modality.
+        expected: features of each item, in order of appearance.
+    """
+    following = F.pad(is_place_BS[:, 1:], (0, 1))
+    run_ends = is_place_BS.flatten().cumsum(0)[(is_place_BS & ~following).flatten()].tolist()
+    start, used = 0, 0
+    for number, count in enumerate(expected):
+        while used < len(run_ends) and run_ends[used] < start + count:
+            used += 1
+        if used == len(run_ends) or run_ends[used] != start + count:
+            found = (run_ends[used] if used < len(run_ends) else (run_ends[-1] if run_ends else 0)) - start
+            raise OmniInputError(
+                f"{modality} {number + 1} of {len(expected)}: its features need {count} placeholder tokens, the prompt "
+                f"has {found}. Build prompts with OmniProcessor, and do not cut them inside a media item."
+            )
+        start += count
+    if run_ends and run_ends[-1] != start:
+        raise OmniInputError(
+            f"the prompt has {run_ends[-1]} {modality} placeholder tokens but the {len(expected)} {modality} item(s) "
+            f"given need {start}. Was an item left out?"
+        )
+
+
+class OmniPreTrainedModel(PreTrainedModel):
+    config_class = OmniConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OmniBlock", "OmniVisionBlock", "OmniAudioBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_attention_backend = True
+    _is_stateful = True  # Mamba's state cannot be rolled back: assisted decoding is refused with transformers' error
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "norm_mean", "norm_std"]
+    _keys_to_ignore_on_load_unexpected = IGNORED_ON_LOAD
+
+    def __init__(self, config: OmniConfig):
+        super().__init__(config)
+        # the parts are plain modules that read their own config; transformers only fills in the outer one
+        for part in (config.llm_config, config.vision_config, config.sound_config):
+            if part._attn_implementation is None:
+                part._attn_implementation = config._attn_implementation
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' `from_pretrained`; the name "nano" means the checkpoint shipped in this package."""
+        return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path), *args, **kwargs)
+
+    def _init_weights(self, module):
+        init_language_weights(module, self.config.llm_config)
+        init_vision_weights(module, self.config.vision_config)
+        if self.config.sound_config is not None:
+            init_audio_weights(module, self.config.sound_config)
+
+
+class OmniModel(OmniPreTrainedModel):
+    """Towers, projectors and language model without the head; returns `last_hidden_state`."""
+
+    def __init__(self, config: OmniConfig):
+        super().__init__(config)
+        vision, audio, hidden_size = config.vision_config, config.sound_config, config.llm_config.hidden_size
+        self.language_model = OmniLanguageModel(config.llm_config)
+        self.vision_tower = OmniVisionModel(vision)
+        shuffled = vision.hidden_size * config.merge_size**2
+        self.vision_projector = OmniProjector(shuffled, config.projector_hidden_size, hidden_size)
+        self.audio_tower = OmniAudioModel(audio)
+        self.audio_projector = OmniProjector(
+            audio.hidden_size, audio.projection_hidden_size, hidden_size, audio.projection_bias
+        )
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.embeddings
+
+    def set_input_embeddings(self, value):
+        self.language_model.embeddings = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """pixel_values [sum h*w, patch_dim], image_grid_thw [n, 3] -> projected tokens of all images [N, D]."""
+        return self._vision_features(pixel_values, image_grid_thw, is_video=False)
+
+    def get_video_features(self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor) -> torch.Tensor:
+        """pixel_values_videos [sum t*h*w, 2*patch_dim], video_grid_thw [n, 3] -> all tokens before EVS [N, D]."""
+        return self._vision_features(pixel_values_videos, video_grid_thw, is_video=True)
+
+    def _vision_features(self, pixels, grid_thw, is_video):
+        pixels = pixels.to(self.vision_tower.patch_generator.embedder.weight.dtype)
+        patches = self.vision_tower(pixels, grid_thw, is_video=is_video)
+        return self.vision_projector(pixel_shuffle(patches, grid_thw, self.config.merge_size))
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_features [clips, frames, mels], mask [clips, frames] -> tokens of all clips [N, D], tokens per clip."""
+        input_features = input_features.to(self.audio_tower.subsampling.linear.weight.dtype)
+        hidden, counts = self.audio_tower(input_features, input_features_mask)
+        valid = torch.arange(hidden.shape[1], device=hidden.device) < counts.to(hidden.device)[:, None]
+        return self.audio_projector(hidden[valid]), counts
+
+    def embed_multimodal(
+        self,
+        input_ids: torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        video_keep_tokens: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        audio_clip_counts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token embeddings with every media feature in its place: [B, S] ids -> [B, S, D].
+
+        With `video_keep_tokens` (EVS) the prompt holds all K placeholders of a video in its first tubelet; after the
+        tokens to keep are known they move to the tubelets they belong to. The length never changes, so masks, labels
+        and generation are not touched.
+
+        Raises:
+            OmniInputError: features and placeholders do not fit, naming the item, or media without placeholders.
+        """
+        embeds = self.language_model.embeddings(input_ids)
+        types = self._token_types(input_ids, mm_token_type_ids, pixel_values, pixel_values_videos, input_features)
+        if types is None:
+            return embeds
+        types_cpu = types.cpu()
+        merge = self.config.merge_size**2
+        features = {}
+        if pixel_values is not None:
+            counts = (image_grid_thw.prod(-1) // merge).tolist()
+            check_places(types_cpu == IMAGE, counts, "image")
+            features[IMAGE] = self.get_image_features(pixel_values, image_grid_thw)
+        kept = None
+        if pixel_values_videos is not None:
+            counts = (video_grid_thw.prod(-1) // merge).tolist()
+            keep = counts if video_keep_tokens is None else video_keep_tokens.tolist()
+            check_places(types_cpu == VIDEO, keep, "video")
+            tokens = self.get_video_features(pixel_values_videos, video_grid_thw)
+            if video_keep_tokens is not None:
+                kept = [
+                    evs_keep_indices(video.unflatten(0, (int(grid[0]), -1)), number)
+                    for video, grid, number in zip(tokens.split(counts), video_grid_thw, keep)
+                ]
+                tokens = torch.cat([video[index] for video, index in zip(tokens.split(counts), kept)])
+            features[VIDEO] = tokens
+        if input_features is not None:
+            audio, per_clip = self.get_audio_features(input_features, input_features_mask)
+            clips = [1] * len(per_clip) if audio_clip_counts is None else audio_clip_counts.tolist()
+            counts = [int(part.sum()) for part in per_clip.cpu().split(clips)]
+            check_places(types_cpu == AUDIO, counts, "audio")
+            features[AUDIO] = audio
+        for modality, name in MODALITY_NAMES.items():
+            if modality in features:
+                place = (types == modality)[..., None].expand_as(embeds)
+                embeds = embeds.masked_scatter(place, features[modality].to(embeds.dtype))
+            elif bool((types_cpu == modality).any()):
+                raise OmniInputError(f"the prompt has {name} placeholder tokens but no {name} was given")
+        if kept is not None:
+            embeds = self._spread_kept_tokens(embeds, input_ids, types_cpu, video_grid_thw, kept)
+        return embeds
+
+    def _token_types(self, input_ids, types, pixel_values, pixel_values_videos, input_features):
+        if types is None:
+            if pixel_values is None and pixel_values_videos is None and input_features is None:
+                return None
+            if pixel_values is not None and pixel_values_videos is not None:
+                raise OmniInputError(
+                    "images and videos share one placeholder id: pass the processor's mm_token_type_ids to tell them apart"
+                )
+            types = torch.zeros_like(input_ids)
+            types[input_ids == self.config.img_context_token_id] = IMAGE if pixel_values is not None else VIDEO
+            types[input_ids == self.config.sound_context_token_id] = AUDIO
+        elif types.shape[1] < input_ids.shape[1]:  # text was appended (a completion): it never holds media
+            types = F.pad(types, (0, input_ids.shape[1] - types.shape[1]))
+        return types
+
+    def _spread_kept_tokens(self, embeds, input_ids, types, video_grid_thw, kept):
+        """Moves each kept token behind the `<img>` of its tubelet: one permutation of positions per row."""
+        ids = input_ids.cpu()
+        starts = ((types == VIDEO) & (F.pad(types[:, :-1], (1, 0)) != VIDEO)).nonzero().tolist()
+        order = torch.arange(ids.shape[1]).repeat(ids.shape[0], 1)
+        merge = self.config.merge_size**2
+        for (row, start), grid, index in zip(starts, video_grid_thw.tolist(), kept):
+            per_tubelet = torch.bincount(index.cpu() // (grid[1] * grid[2] // merge), minlength=grid[0]).tolist()
+            opens = (ids[row] == self.config.img_start_token_id).nonzero().flatten()
+            opens = opens[opens >= start + len(index)][: grid[0] - 1].tolist()
+            if len(opens) != grid[0] - 1:
+                raise OmniInputError(
+                    f"a video of {grid[0]} tubelets with EVS needs {grid[0] - 1} empty <img></img> after its first "
+                    f"tubelet, the prompt has {len(opens)}; build prompts with OmniProcessor"
+                )
+            tokens = torch.arange(start, start + len(index)).split(per_tubelet)
+            text = torch.arange(start + len(index), (opens[-1] if opens else start + len(index) - 1) + 1)
+            text = text.tensor_split([p + 1 - start - len(index) for p in opens]) if opens else ()
+            pieces = [tokens[0]]
+            for label, part in zip(text, tokens[1:]):
+                pieces += [label, part]
+            moved = torch.cat(pieces)
+            order[row, start : start + len(moved)] = moved
+        return embeds.gather(1, order.to(embeds.device)[..., None].expand_as(embeds))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        prefill_chunk_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        video_keep_tokens: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        audio_clip_counts: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Runs the model.
+
+        Args:
+            input_ids: [B, S] from `OmniProcessor`; or inputs_embeds: [B, S, D] with media already in place.
+            attention_mask: [B, past + S], 1 on tokens, 0 on padding (left or right).
+            seq_idx: [B, S] document numbers of packed rows (see `OmniLanguageModel`).
+            prefill_chunk_size: run the language model over the prompt in pieces of this many tokens, with a cache;
+                equal to one pass, with less memory.
+            media inputs: as `OmniProcessor` returns them; see `embed_multimodal`.
+
+        Returns:
+            last_hidden_state [B, S, D] after the final norm; past_key_values when use_cache.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_multimodal(
+                input_ids,
+                mm_token_type_ids,
+                pixel_values,
+                image_grid_thw,
+                pixel_values_videos,
+                video_grid_thw,
+                video_keep_tokens,
+                input_features,
+                input_features_mask,
+                audio_clip_counts,
+            )
+        if use_cache is None:
+            use_cache = past_key_values is not None or (config.llm_config.use_cache and not self.training)
+        if seq_idx is not None:
+            use_cache = False
+        options = {"use_cache": use_cache, "position_ids": position_ids, "seq_idx": seq_idx}
+        options |= {"output_hidden_states": bool(output_hidden_states)} | kwargs
+        length = inputs_embeds.shape[1]
+        if prefill_chunk_size is None or length <= prefill_chunk_size:
+            output = self.language_model(inputs_embeds, attention_mask, past_key_values, **options)
+        else:
+            output = self._prefill_in_chunks(inputs_embeds, attention_mask, past_key_values, prefill_chunk_size, options)
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _prefill_in_chunks(self, inputs_embeds, attention_mask, past_key_values, chunk, options):
+        if not options["use_cache"] or options["output_hidden_states"]:
+            raise ValueError("prefill_chunk_size needs use_cache=True and cannot return hidden states of every layer")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        hidden, position_ids = [], options.pop("position_ids")
+        for start in range(0, inputs_embeds.shape[1], chunk):
+            stop = min(start + chunk, inputs_embeds.shape[1])
+            output = self.language_model(
+                inputs_embeds[:, start:stop],
+                None if attention_mask is None else attention_mask[:, : past + stop],
+                past_key_values,
+                position_ids=None if position_ids is None else position_ids[..., start:stop],
+                **options,
+            )
+            past_key_values = output.past_key_values
+            hidden.append(output.last_hidden_state)
+        output.last_hidden_state = torch.cat(hidden, 1)
+        return output
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, num_items: torch.Tensor | int | None = None, chunk=1024
+) -> torch.Tensor:
+    """Next-token loss without ever holding all logits: the head runs over `chunk` trained tokens at a time.
+
+    Args:
+        hidden: [B, S, D]. labels: [B, S], -100 where nothing is learnt; token t is predicted from position t - 1.
+        num_items: divide the summed loss by this (gradient accumulation); the number of trained tokens if None.
+    """
+    labels = labels[:, 1:].to(hidden.device)
+    trained = labels != -100
+    states, targets = hidden[:, :-1][trained], labels[trained]
+
+    def loss_of(states, targets):
+        return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+    total = hidden.sum() * 0.0  # keeps the graph whole when a batch has no trained token
+    for part, target in zip(states.split(chunk), targets.split(chunk)):
+        if torch.is_grad_enabled() and len(states) > chunk:
+            total = total + torch.utils.checkpoint.checkpoint(loss_of, part, target, use_reentrant=False)
+        else:
+            total = total + loss_of(part, target)
+    return total / (trained.sum().clamp(min=1) if num_items is None else num_items)
+
+
+class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
+    """The whole model with its head; loads and saves the released checkpoint layout."""
+
+    def __init__(self, config: OmniConfig):
+        super().__init__(config)
+        self.model = OmniModel(config)
+        self.lm_head = nn.Linear(config.llm_config.hidden_size, config.llm_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        seq_idx: torch.Tensor | None = None,
+        prefill_chunk_size: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        video_keep_tokens: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        audio_clip_counts: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Runs the model and its head.
+
+        Args:
+            labels: [B, S], -100 where nothing is learnt. The loss is computed in chunks, see `chunked_cross_entropy`.
+            logits_to_keep: logits of the last n positions only (0: all; a tensor: those positions).
+            skip_logits: with labels, return the loss alone and never form the logits of all positions.
+            Everything else as in `OmniModel.forward`.
+
+        Returns:
+            loss (with labels), logits [B, kept, vocab] float32, past_key_values.
+        """
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            seq_idx,
+            prefill_chunk_size,
+            output_hidden_states,
+            None,
+            mm_token_type_ids,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            video_keep_tokens,
+            input_features,
+            input_features_mask,
+            audio_clip_counts,
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
+        loss = None
+        if labels is not None:
+            loss = chunked_cross_entropy(hidden, self.lm_head, labels, num_items_in_batch)
+        logits = None
+        if not (skip_logits and labels is not None):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept]).float()
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+        return result if return_dict in (None, True) else result.to_tuple()
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """transformers' `generate` on the output of `OmniProcessor`, media of any mix included.
+
+        The media are encoded once here, whatever `num_return_sequences` or `num_beams` ask for. With
+        `prefill_chunk_size=n` the prompt is run n tokens at a time. Returns prompt and answer, [B', S + new].
+        """
+        media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if kwargs.get(name) is not None}
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        if media and inputs is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.model.embed_multimodal(inputs, **media)
+        return super().generate(inputs, **kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        # transformers would split the ids, but media live in the embeddings: the split is done in OmniModel.forward
+        chunk = generation_config.prefill_chunk_size
+        if chunk is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        generation_config.prefill_chunk_size = None
+        try:
+            model_kwargs = model_kwargs | {"prefill_chunk_size": chunk}
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        finally:
+            generation_config.prefill_chunk_size = chunk
+
+
+register_released_layout(MODEL_TYPE)

@@ -1,0 +1,142 @@
+"""Tasks of the nano model, rendered and spoken on the fly, with a held-out split (design: README, "Nano").
+
+    make_sample("image_colour", seed=3, split="train") -> {"skill", "messages"}
+
+Every sample is a function of (skill, seed, split). The held-out split shares no font, voice, writer, speaker or clip
+with training, and no scene, two-digit sum, real printed word or random string of three characters or more.
+"""
+
+import random
+from functools import partial
+
+import numpy as np
+
+from . import images, scenes, speech, text, video
+from .images import COLOUR_CLASSES, IGNORE, THING_CLASSES, dense_image_sample
+from .scenes import SHAPE_KINDS
+from .speech import spoken_utterance
+from .video import MOTION_CLASSES, dense_video_sample
+from .vocabulary import COMMAND_WORDS, DIGIT_WORDS, SPLITS, SPOKEN_WORDS, sample_random
+
+
+def _from_text(make, rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    return [], *make(rng, split)
+
+
+def _from_image(make, kind: str, rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    image, question, answer, thought = make(kind, rng, split)
+    return [{"type": "image", "image": image}], question, answer, thought
+
+
+def _from_video(make, rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    clip, question, answer, thought = make(rng, split)
+    return [{"type": "video", "video": clip}], question, answer, thought
+
+
+def _audio_part(audio: np.ndarray) -> dict:
+    return {"type": "audio", "audio": (audio, speech.RATE)}
+
+
+def _hear(kind: str, rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    """kind "digits", "words" or "count"."""
+    digits = kind == "digits" or rng.random() < 0.15
+    words = rng.choices(DIGIT_WORDS, k=rng.randint(1, 4)) if digits else rng.choices(COMMAND_WORDS, k=rng.randint(1, 3))
+    audio, _, _ = spoken_utterance(rng, split, words)
+    if kind == "digits":
+        question, answer = rng.choice(text.HEAR_DIGITS_QUESTIONS), scenes.digits_of(words)
+    elif kind == "words":
+        question, answer = rng.choice(text.HEAR_WORDS_QUESTIONS), " ".join(words)
+    else:
+        question, answer = rng.choice(text.HEAR_COUNT_QUESTIONS), str(len(words))
+    return [_audio_part(audio)], scenes.vary(question, rng), answer, " ".join(words)
+
+
+def _heard_picture(rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    """A picture and a spoken word that is about it."""
+    things = text.split_scene(lambda: scenes.random_things(rng, rng.choice((1, 2, 2, 3))), split)
+    question, answer, words = text.ask_heard_picture(things, rng)
+    picture, _ = images.draw_things(things, rng)
+    audio, _, _ = spoken_utterance(rng, split, words)
+    media = [{"type": "image", "image": images.finish(picture, rng)}, _audio_part(audio)]
+    return media, scenes.vary(question, rng), answer, text.thought_heard_motion(things, words)
+
+
+# skill -> function of (rng, split) that returns media parts, question, answer and thought
+_SKILLS = {
+    "text_copy": partial(_from_text, text.copy),
+    "text_sum": partial(_from_text, text.small_sum),
+    "text_math": partial(_from_text, text.arithmetic),
+    "text_read": partial(_from_text, text.read),
+    "text_speech": partial(_from_text, text.speech),
+    **{f"text_{kind}": partial(_from_text, partial(text.scene, kind)) for kind in SHAPE_KINDS},
+    "text_motion": partial(_from_text, text.motion),
+    "text_heard_motion": partial(_from_text, text.heard_motion),
+    "text_heard_picture": partial(_from_text, text.heard_picture),
+    "text_chat": partial(_from_text, text.chat),
+    **{f"image_{kind}": partial(_from_image, images.shapes_sample, kind) for kind in SHAPE_KINDS},
+    **{f"image_{kind}": partial(_from_image, images.reading_sample, kind) for kind in ("word", "digits", "handwritten")},
+    **{f"speech_{kind}": partial(_hear, kind) for kind in ("digits", "words", "count")},
+    **{
+        f"video_{kind}": partial(_from_video, partial(video.motion_sample, kind))
+        for kind in ("direction", "mover", "describe_motion")
+    },
+    "video_heard_motion": partial(_from_video, video.heard_motion_sample),
+    "heard_picture": _heard_picture,
+}
+SKILLS = tuple(_SKILLS)
+# share of samples whose answer comes after a thought
+_THINK_RATE = {"text_math": 1.0}
+
+
+def make_sample(skill: str, seed: int, split: str = "train", think: bool | None = None) -> dict:
+    """One sample, the same for the same arguments.
+
+    Args:
+        skill: one of SKILLS.
+        seed: any integer.
+        split: "train" or "heldout".
+        think: whether the answer follows a thought (`reasoning_content`); None draws it (a quarter of the samples).
+
+    Returns:
+        {"skill": str, "messages": [user, assistant]}; media are in memory (PIL images, float32 arrays at 16 kHz as
+        (array, 16000), `VideoClip`s). The assistant's content is the exact answer.
+    """
+    if skill not in _SKILLS:
+        raise ValueError(f"unknown skill {skill!r}; one of {', '.join(SKILLS)}")
+    rng = sample_random(skill, seed, split)
+    media, question, answer, thought = _SKILLS[skill](rng, split)
+    drawn = rng.random() < _THINK_RATE.get(skill, 0.25)
+    assistant = {"role": "assistant", "content": answer}
+    if drawn if think is None else think:
+        assistant["reasoning_content"] = thought
+    content = [*media, {"type": "text", "text": question}] if media else question
+    return {"skill": skill, "messages": [{"role": "user", "content": content}, assistant]}
+
+
+def score(sample: dict, answer: str) -> bool:
+    """Whether `answer` (text after `</think>`) is the sample's answer, but for case, spaces and a last full stop.
+
+    Words read from pictures are upper-case in both, so case never hides a mistake there.
+    """
+    expected = sample["messages"][-1]["content"]
+    return _normal(answer) == _normal(expected)
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.replace("<|im_end|>", "").strip().rstrip(".").lower().split())
+
+
+__all__ = [
+    "COLOUR_CLASSES",
+    "IGNORE",
+    "MOTION_CLASSES",
+    "SKILLS",
+    "SPLITS",
+    "SPOKEN_WORDS",
+    "THING_CLASSES",
+    "dense_image_sample",
+    "dense_video_sample",
+    "make_sample",
+    "score",
+    "spoken_utterance",
+]

@@ -1,0 +1,127 @@
+"""Short clips of the nano world: one shape moves (or none does), alone or beside one that stays, with or without speech.
+
+Frames are uint8 [T, H, W, 3] (T 4-12, mostly 8, sides 64 or 96), at about 4 frames per second; sound is 16 kHz mono.
+"""
+
+import random
+
+import numpy as np
+from PIL import Image
+
+from . import images, scenes, speech, text
+from .vocabulary import COLOURS, MOTIONS, SHAPES, sample_random
+
+MOTION_CLASSES = ("none", scenes.STILL, *MOTIONS)  # dense labels, channel 2
+FRAME_RATES = (2.0, 4.0, 4.0, 4.0, 5.0)
+
+
+def random_shape(rng: random.Random) -> tuple[int, int, int]:
+    """Frames, height and width."""
+    count = 8 if rng.random() < 0.6 else rng.choice((4, 6, 10, 12))
+    side = (64, 64) if rng.random() < 0.6 else rng.choice(((96, 96), (64, 96), (96, 64)))
+    return count, *side
+
+
+def draw_clip(
+    things: list[scenes.Thing], rng: random.Random, count: int, height: int, width: int
+) -> tuple[np.ndarray, list[list[images.Ink]]]:
+    """Frames uint8 [count, height, width, 3] of the things and, per frame, what was painted.
+
+    The mover crosses at least a third of the picture at a steady pace; what stays is out of its way.
+    """
+    colours = {thing.colour: images.jittered(thing.colour, rng) for thing in things}
+    ground, _ = images.background(rng, height, width, list(colours.values()))
+    side = min(height, width)
+    mover = next((thing for thing in things if thing.motion != scenes.STILL), None)
+    horizontal = mover is None or MOTIONS[mover.motion][0] != 0
+    lanes = (0.28, 0.72) if len(things) == 2 else (rng.uniform(0.3, 0.7),)
+    lanes = rng.sample(lanes, len(lanes))
+    masks, paths = [], []
+    for thing, lane in zip(things, lanes, strict=True):
+        radius = rng.uniform(0.13, 0.19 if len(things) == 2 else 0.24) * side
+        masks.append(images.shape_mask(thing.shape, radius, rng))
+        length = width if horizontal else height
+        across = lane * (height if horizontal else width) + rng.uniform(-0.03, 0.03) * side
+        near, far = radius * 0.8, length - radius * 0.8
+        if thing.motion == scenes.STILL:
+            along = np.full(count, rng.uniform(near, far))
+        else:
+            travel = rng.uniform(0.35, 0.95) * (far - near)
+            begin = rng.uniform(near, far - travel)
+            along = begin + travel * np.linspace(0, 1, count)
+            if min(MOTIONS[thing.motion]) < 0:  # left or up
+                along = along[::-1]
+        paths.append((along, np.full(count, across)) if horizontal else (np.full(count, across), along))
+    shake = rng.uniform(0, 0.6) if rng.random() < 0.3 else 0.0
+    gain, shift, noise = rng.uniform(0.92, 1.05), rng.uniform(-8, 8), rng.uniform(0, 7) if rng.random() < 0.7 else 0.0
+    quality = rng.randint(55, 95) if rng.random() < 0.2 else None
+    frames, inks = np.empty((count, height, width, 3), np.uint8), []
+    for number in range(count):
+        picture, painted = ground.copy(), []
+        for thing, mask, (xs, ys) in zip(things, masks, paths, strict=True):
+            x = round(xs[number] + shake * rng.uniform(-1, 1) - mask.shape[1] / 2)
+            y = round(ys[number] + shake * rng.uniform(-1, 1) - mask.shape[0] / 2)
+            images.paint(picture, mask, x, y, colours[thing.colour])
+            painted.append(images.Ink(mask, x, y, 1 + SHAPES.index(thing.shape), 1 + list(COLOURS).index(thing.colour)))
+        picture = picture * gain + shift
+        if noise:
+            picture += noise * images.noise(rng, height, width)
+        frames[number] = np.clip(picture, 0, 255).astype(np.uint8)
+        if quality:
+            frames[number] = np.asarray(images.through_jpeg(Image.fromarray(frames[number]), quality))
+        inks.append(painted)
+    return frames, inks
+
+
+def as_clip(frames: np.ndarray, rate: float, audio: np.ndarray | None = None):
+    """A `VideoClip` of frames at `rate` per second, with sound or without."""
+    from ..media import VideoClip
+
+    return VideoClip(
+        frames=frames, frame_indices=list(range(len(frames))), fps=rate, duration=len(frames) / rate, audio=audio
+    )
+
+
+def motion_sample(kind: str, rng: random.Random, split: str) -> tuple:
+    """Clip, question, answer and thought for one kind of `scenes.ask_motion`."""
+    things = text.split_scene(lambda: scenes.moving_things(rng), split)
+    frames, _ = draw_clip(things, rng, *random_shape(rng))
+    question, answer = scenes.ask_motion(kind, things, rng, rng.choice(("video", "clip")))
+    return as_clip(frames, rng.choice(FRAME_RATES)), scenes.vary(question, rng), answer, scenes.describe(things)
+
+
+def heard_motion_sample(rng: random.Random, split: str) -> tuple:
+    """The same with a voice in the clip, and questions of which most need both."""
+    things = text.split_scene(lambda: scenes.moving_things(rng), split)
+    question, answer, words = text.ask_heard_motion(things, rng)
+    audio, _, _ = speech.spoken_utterance(rng, split, words)
+    count, height, width = random_shape(rng)
+    frames, _ = draw_clip(things, rng, count, height, width)
+    rate = rng.choice(FRAME_RATES)
+    length = max(len(audio), round(count / rate * speech.RATE))  # a voice that takes longer keeps its last word
+    sound = np.zeros(length, np.float32)
+    begin = rng.randrange(length - len(audio) + 1)
+    sound[begin : begin + len(audio)] = audio
+    thought = text.thought_heard_motion(things, words)
+    return as_clip(frames, rate, sound), scenes.vary(question, rng), answer, thought
+
+
+def dense_video_sample(seed: int, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """A clip and labels of every patch of every pair of frames, to teach the vision tower motion.
+
+    Returns:
+        frames uint8 [T, H, W, 3] (T even); labels int64 [3, T / 2, H / 16, W / 16]: thing, colour (as in
+        `dense_image_sample`) and motion (MOTION_CLASSES), from the ink of both frames of a pair.
+    """
+    rng = sample_random("dense_video", seed, split)
+    things = scenes.moving_things(rng)
+    count, height, width = random_shape(rng)
+    frames, inks = draw_clip(things, rng, count, height, width)
+    motions = {1 + SHAPES.index(t.shape): MOTION_CLASSES.index(t.motion) for t in things}  # shapes of a clip differ
+    labels = np.zeros((3, count // 2, height // images.PATCH, width // images.PATCH), np.int64)
+    for pair in range(count // 2):
+        labels[:2, pair] = images.dense_labels(inks[2 * pair] + inks[2 * pair + 1], height, width, share=0.1)
+    labels[2] = np.where(labels[0] == images.IGNORE, images.IGNORE, 0)
+    for thing, motion in motions.items():
+        labels[2][labels[0] == thing] = motion
+    return frames, labels

@@ -1,0 +1,234 @@
+"""Pre-training of nano's towers on dense labels.
+
+The paper takes C-RADIO and Parakeet pre-trained. Nano's towers start from random weights and learn first to say, patch
+by patch, what is drawn (thing, colour, motion) and, token by token, which word is spoken. The label heads are thrown
+away; the tower goes into the first SFT stage (`towers:` of its YAML file).
+"""
+
+import dataclasses
+import json
+import os
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+
+from .configuration_omni import OmniConfig
+from .feature_extraction_omni import OmniFeatureExtractor
+from .image_processing_omni import OmniImageProcessor
+from .modeling_audio import OmniAudioModel, init_audio_weights
+from .modeling_vision import OmniVisionModel, init_vision_weights
+from .training import GROUPS, cosine_factor
+from .video_processing_omni import OmniVideoProcessor
+
+IGNORE = -100
+
+
+@dataclass
+class TowerArguments:
+    """Every key of a tower's YAML file."""
+
+    tower: str = field(metadata={"help": "vision or audio"})
+    model_config: str = field(metadata={"help": "YAML of an OmniConfig with the tower's sizes"})
+    output_dir: str = field(metadata={"help": "folder for checkpoints, logs and tower.safetensors"})
+    steps: int = field(default=3000, metadata={"help": "optimizer steps"})
+    samples_per_step: int = field(default=32, metadata={"help": "pictures and clips, or utterances, per step"})
+    video_share: float = field(default=0.25, metadata={"help": "vision: share of clips among the samples"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    warmup_fraction: float = field(default=0.05, metadata={"help": "share of steps of linear warm-up"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
+    seed: int = field(default=0, metadata={"help": "seed of data order and starting weights"})
+    save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
+    eval_every: int = field(default=1000, metadata={"help": "steps between held-out tests"})
+    workers: int = field(default=1, metadata={"help": "data loader processes"})
+
+
+class VisionBatches(Dataset):
+    """Batch number -> patches of pictures and of clips with their labels [patches, channels]."""
+
+    def __init__(self, config: OmniConfig, args: TowerArguments, split: str):
+        vision = config.vision_config
+        self.args, self.split = args, split
+        sizes = {"min_num_patches": vision.min_num_patches, "max_num_patches": vision.max_num_patches}
+        self.images = OmniImageProcessor(**sizes)
+        self.videos = OmniVideoProcessor(video_target_num_patches=vision.video_target_num_patches)
+
+    def __len__(self) -> int:
+        return self.args.steps
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        from .nano_data import dense_image_sample, dense_video_sample
+
+        first = number * self.args.samples_per_step
+        num_videos = round(self.args.samples_per_step * self.args.video_share)
+        seeds = range(first, first + self.args.samples_per_step)
+        batch = {}
+        pixels, grids, labels = [], [], []
+        for seed in list(seeds)[num_videos:]:
+            picture, label = dense_image_sample(seed, self.split)
+            h, w = label.shape[1:]
+            pixels.append(self.images.patches(np.asarray(picture), h, w))
+            grids.append((1, h, w))
+            labels.append(torch.from_numpy(label).flatten(1).T)
+        if pixels:
+            batch |= {"pixels": torch.cat(pixels), "grids": torch.tensor(grids), "labels": torch.cat(labels)}
+        pixels, grids, labels = [], [], []
+        for seed in list(seeds)[:num_videos]:
+            frames, label = dense_video_sample(seed, self.split)
+            t, h, w = label.shape[1:]
+            pixels.append(self.videos.patches(frames, h, w))
+            grids.append((t, h, w))
+            labels.append(torch.from_numpy(label).flatten(1).T)
+        if pixels:
+            batch |= {"video_pixels": torch.cat(pixels), "video_grids": torch.tensor(grids)}
+            batch["video_labels"] = torch.cat(labels)
+        return batch
+
+
+class AudioBatches(Dataset):
+    """Batch number -> log-mel clips and the word (1 + its number, 0 for none) of every encoder token."""
+
+    def __init__(self, config: OmniConfig, args: TowerArguments, split: str):
+        self.args, self.split = args, split
+        self.features = OmniFeatureExtractor(feature_size=config.sound_config.num_mel_bins)
+
+    def __len__(self) -> int:
+        return self.args.steps
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        from .nano_data.speech import spoken_utterance
+        from .nano_data.vocabulary import SPOKEN_WORDS
+
+        audios, labels = [], []
+        for place in range(self.args.samples_per_step):
+            rng = random.Random(f"{self.split}/{self.args.seed}/{number * self.args.samples_per_step + place}")
+            audio, words, spans = spoken_utterance(rng, self.split)
+            label = torch.zeros(len(audio) // 1280 + 1, dtype=torch.long)  # 80 ms tokens
+            for word, (start, stop) in zip(words, spans):
+                label[round(start / 1280) : max(round(stop / 1280), round(start / 1280) + 1)] = 1 + SPOKEN_WORDS.index(word)
+            audios.append(audio)
+            labels.append(label)
+        features = self.features(audios, sampling_rate=16000)
+        longest = max(map(len, labels))
+        padded = torch.stack([F.pad(label, (0, longest - len(label)), value=IGNORE) for label in labels])
+        return {
+            "features": features["input_features"],
+            "mask": features["input_features_mask"],
+            "labels": padded,
+        }
+
+
+class LabelledTower(nn.Module):
+    """A tower with linear heads for its dense labels."""
+
+    def __init__(self, tower: str, config: OmniConfig):
+        super().__init__()
+        from .nano_data import COLOUR_CLASSES, MOTION_CLASSES, THING_CLASSES
+        from .nano_data.vocabulary import SPOKEN_WORDS
+
+        if tower == "vision":
+            self.tower, init, part = OmniVisionModel(config.vision_config), init_vision_weights, config.vision_config
+            self.sizes = [len(THING_CLASSES), len(COLOUR_CLASSES), len(MOTION_CLASSES)]
+        else:
+            self.tower, init, part = OmniAudioModel(config.sound_config), init_audio_weights, config.sound_config
+            self.sizes = [1 + len(SPOKEN_WORDS)]
+            self.tower.batch_norm_training = True
+        for module in self.tower.modules():
+            init(module, part)
+        self.norm = nn.LayerNorm(part.hidden_size)
+        self.head = nn.Linear(part.hidden_size, sum(self.sizes))
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        """-> loss, share of right labels where there is something to see or hear, per channel."""
+        pairs = []  # (logits [N, classes], labels [N])
+        if "features" in batch:
+            hidden, counts = self.tower(batch["features"], batch["mask"])
+            labels = batch["labels"][:, : hidden.shape[1]].clone()
+            labels = F.pad(labels, (0, hidden.shape[1] - labels.shape[1]), value=IGNORE)
+            labels[torch.arange(hidden.shape[1]) >= counts[:, None]] = IGNORE
+            pairs.append(("word", self.head(self.norm(hidden)).flatten(0, 1), labels.flatten()))
+        for prefix, is_video in (("", False), ("video_", True)):
+            if prefix + "pixels" in batch:
+                hidden = self.tower(batch[prefix + "pixels"], batch[prefix + "grids"], is_video=is_video)
+                logits = self.head(self.norm(hidden)).split(self.sizes, -1)
+                for name, channel, label in zip(("thing", "colour", "motion"), logits, batch[prefix + "labels"].T):
+                    pairs.append((prefix + name, channel, label))
+        loss, right = 0.0, {}
+        for name, logits, labels in pairs:
+            loss = loss + F.cross_entropy(logits.float(), labels, ignore_index=IGNORE)
+            seen = labels > 0
+            right[name] = (logits.argmax(-1) == labels)[seen].float().mean().item()
+        return loss, right
+
+
+def pretrain_tower(args: TowerArguments) -> None:
+    """Trains one tower; started again with the same `output_dir` it goes on where it was."""
+    if args.tower not in ("vision", "audio"):
+        raise ValueError(f"tower must be 'vision' or 'audio', got {args.tower!r}")
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = OmniConfig(**yaml.safe_load(Path(args.model_config).read_text()))
+    torch.manual_seed(args.seed)
+    model = LabelledTower(args.tower, config)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain}])
+    step, state_file = 0, folder / "training_state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        step = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
+    batches = VisionBatches if args.tower == "vision" else AudioBatches
+    heldout = batches(config, args, "heldout")
+    loader = DataLoader(Subset(batches(config, args, "train"), range(step, args.steps)), None, num_workers=args.workers)
+    log = open(folder / "log.jsonl", "a")
+    started, history = time.time(), []
+    bar = tqdm(loader, total=args.steps, initial=step, mininterval=10)
+    for batch in bar:
+        model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * cosine_factor(step, args.steps, args.warmup_fraction, 0.01)
+        loss, right = model(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        history.append({"loss": loss.item(), **right})
+        if step % 50 == 0:
+            line = {"step": step, "seconds": round(time.time() - started)} | mean_of(history)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.set_postfix({key: value for key, value in line.items() if key not in ("step", "seconds")})
+            history = []
+        if step % args.eval_every == 0 or step == args.steps:
+            model.eval()
+            with torch.no_grad():
+                line = {"step": step, "heldout": mean_of([model(heldout[n])[1] for n in range(10)])}
+            log.write(json.dumps(line) + "\n")
+            tqdm.write(str(line))
+        if step % args.save_every == 0 or step == args.steps:
+            state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state, folder / "partial.pt")
+            os.replace(folder / "partial.pt", state_file)
+            (prefix,) = GROUPS[args.tower]
+            tensors = {prefix + name: value.contiguous() for name, value in model.tower.state_dict().items()}
+            save_file(tensors, folder / "partial.safetensors")
+            os.replace(folder / "partial.safetensors", folder / "tower.safetensors")
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every key over the rows that have it (and have something to measure)."""
+    keys = {key: None for row in rows for key in row}
+    return {key: round(float(np.nanmean([row[key] for row in rows if key in row])), 4) for key in keys}
