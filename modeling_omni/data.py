@@ -131,7 +131,8 @@ def collate_packed(samples: list[dict[str, torch.Tensor]], row_tokens: int) -> d
             sample = samples[item]
             stop = start + sample["input_ids"].shape[1]
             for name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
-                batch[name][number, start:stop] = sample[name][0]
+                if name in sample:  # text alone has no mm_token_type_ids
+                    batch[name][number, start:stop] = sample[name][0]
             batch["labels"][number, start] = -100  # the first token of a document follows nothing
             batch["seq_idx"][number, start:stop] = document
             start = stop

@@ -1,8 +1,8 @@
 """Audio decoding: any file or array to float32 mono [L] at 16 kHz (paper section 2, audio input).
 
-soundfile (libsndfile) first, PyAV (bundled FFmpeg) for MP3 and what the former cannot read. Samples go block by block through a soxr
-"HQ" stream, so that neither the rate nor the channel count of the source matters for memory. soxr HQ is librosa's
-default, through which the published serving stack resamples, and needs no torch.
+soundfile (libsndfile) first, PyAV (bundled FFmpeg) for MP3 and what the former cannot read. Samples go block by block
+through a soxr "HQ" stream, so that neither the rate nor the channel count of the source matters for memory. soxr HQ is
+librosa's default, through which the published serving stack resamples, and needs no torch.
 """
 
 from __future__ import annotations
@@ -155,6 +155,9 @@ def _decode_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits)
     # Streamed recordings write 0 or a huge number here, and some writers are off by a header; neither is damage.
     if head[:4] == b"RIFF" and head[8:] == b"WAVE" and size + 64 < declared < 0x7FFF0000:
         raise refuse(name, f"is truncated ({size} of {declared} bytes)", do="copy or download it again")
+    if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):  # MP3 or AAC frames
+        _decode_av_sound(file, mono, name, limits, "left to FFmpeg")
+        return
     try:
         sound = soundfile.SoundFile(file)
     except Exception as error:

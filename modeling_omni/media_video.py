@@ -259,20 +259,22 @@ def _read_frames(
             context.options = {"max_pixels": str(limits.max_video_pixels)}
             stream.thread_type = "AUTO"
             context.thread_count = min(4, os.cpu_count() or 1)
-            images: dict[int, np.ndarray] = {}
-            size = matrix = None
+            images = size = matrix = None
             try:
                 for position, frame in _decode_wanted(container, stream, index, wanted, may_seek, name, deadline):
                     _check_frame_size(frame.width, frame.height, name, limits)
                     if size is None:
                         size, matrix = (frame.width, frame.height), _display_matrix(frame)
                         _check_frame_bytes(len(positions), *size, name, limits)
-                    images[position] = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+                    image = _orient(frame.to_ndarray(format="rgb24", width=size[0], height=size[1]), matrix)
+                    if images is None:
+                        images = np.empty((len(positions), *image.shape), np.uint8)
+                    images[positions == position] = image
             except _Overshoot:
                 continue
-            if not images:
+            if images is None:
                 raise refuse(name, "holds no frame that can be decoded", do="copy or download it again")
-            return np.stack([_orient(images[int(p)], matrix) for p in positions])
+            return images
     raise AssertionError("reading without seeks cannot overshoot")
 
 

@@ -340,7 +340,7 @@ def _prefix_mask(lengths_N: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def init_audio_weights(module: nn.Module, config: OmniAudioConfig) -> None:
-    """Initialise a whole `OmniAudioModel`, leaving weights that were loaded; any other module is left alone, so a larger
+    """Initialise a whole `OmniAudioModel`, except weights that were loaded. Any other module is left alone, so a larger
     model may call this on each of its modules, parents after children as transformers does.
 
     Fan-in scaling, not a fixed std: depthwise kernels sum 9 values and the stem sees one channel, so std 0.02 shrinks

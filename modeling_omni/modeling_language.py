@@ -419,13 +419,15 @@ class OmniLanguageModel(nn.Module):
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("packed rows (seq_idx) cannot be combined with a cache: pass use_cache=False")
         hidden, length = inputs_embeds, inputs_embeds.shape[1]
+        causal_mask = None
+        if isinstance(attention_mask, dict):  # prepared by `generate` for a static cache
+            causal_mask, attention_mask = attention_mask["full_attention"], attention_mask["linear_attention"]
         padding_mask = None
         if attention_mask is not None and attention_mask.dim() == 2:
             padding_mask = attention_mask[:, -length:].bool()
             if bool(padding_mask.all()):
                 padding_mask = None
-        causal_mask = None
-        if "*" in self.config.hybrid_override_pattern:
+        if "*" in self.config.hybrid_override_pattern and causal_mask is None:
             same_document = None
             if seq_idx is not None:
 

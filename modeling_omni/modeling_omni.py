@@ -86,7 +86,8 @@ def check_places(is_place_BS: torch.Tensor, expected: list[int], modality: str) 
         while used < len(run_ends) and run_ends[used] < start + count:
             used += 1
         if used == len(run_ends) or run_ends[used] != start + count:
-            found = (run_ends[used] if used < len(run_ends) else (run_ends[-1] if run_ends else 0)) - start
+            ends = [end for end in run_ends[max(used - 1, 0) : used + 1] if end > start]
+            found = min(ends, key=lambda end: abs(end - start - count), default=start) - start
             raise OmniInputError(
                 f"{modality} {number + 1} of {len(expected)}: its features need {count} placeholder tokens, the prompt "
                 f"has {found}. Build prompts with OmniProcessor, and do not cut them inside a media item."
@@ -105,8 +106,8 @@ class OmniPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["OmniBlock", "OmniVisionBlock", "OmniAudioBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["OmniBlock", "PatchGenerator", "VisionBlock", "ConformerBlock"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -128,8 +129,11 @@ class OmniPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path), *args, **kwargs)
 
     def _init_weights(self, module):
+        # parents come after their children: each tower overrides the language model's values for the parts they share
         init_language_weights(module, self.config.llm_config)
-        init_vision_weights(module, self.config.vision_config)
+        if isinstance(module, OmniVisionModel):
+            for part in module.modules():
+                init_vision_weights(part, self.config.vision_config)
         if self.config.sound_config is not None:
             init_audio_weights(module, self.config.sound_config)
 
@@ -259,6 +263,11 @@ class OmniModel(OmniPreTrainedModel):
         """Moves each kept token behind the `<img>` of its tubelet: one permutation of positions per row."""
         ids = input_ids.cpu()
         starts = ((types == VIDEO) & (F.pad(types[:, :-1], (1, 0)) != VIDEO)).nonzero().tolist()
+        if len(starts) != len(kept):
+            raise OmniInputError(
+                f"with EVS (video_keep_tokens) each video has one run of placeholders, in its first tubelet; the prompt "
+                f"has {len(starts)} runs for {len(kept)} video(s). Build prompts with OmniProcessor(video_pruning_rate=...)"
+            )
         order = torch.arange(ids.shape[1]).repeat(ids.shape[0], 1)
         merge = self.config.merge_size**2
         for (row, start), grid, index in zip(starts, video_grid_thw.tolist(), kept):
@@ -348,6 +357,8 @@ class OmniModel(OmniPreTrainedModel):
     def _prefill_in_chunks(self, inputs_embeds, attention_mask, past_key_values, chunk, options):
         if not options["use_cache"] or options["output_hidden_states"]:
             raise ValueError("prefill_chunk_size needs use_cache=True and cannot return hidden states of every layer")
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+            raise ValueError("prefill_chunk_size needs an attention_mask [B, past + S] of 1 and 0")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         hidden, position_ids = [], options.pop("position_ids")
         for start in range(0, inputs_embeds.shape[1], chunk):

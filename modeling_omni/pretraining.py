@@ -1,7 +1,7 @@
 """Pre-training of nano's towers on dense labels.
 
 The paper takes C-RADIO and Parakeet pre-trained. Nano's towers start from random weights and learn first to say, patch
-by patch, what is drawn (thing, colour, motion) and, token by token, which word is spoken. The label heads are thrown
+by patch, what is drawn in each of its 4x4 cells (thing, colour, motion) and, token by token, which word is spoken. The label heads are thrown
 away; the tower goes into the first SFT stage (`towers:` of its YAML file).
 """
 
@@ -31,6 +31,7 @@ from .training import GROUPS, cosine_factor
 from .video_processing_omni import OmniVideoProcessor
 
 IGNORE = -100
+CELLS = 4  # dense labels per side of a patch
 
 
 @dataclass
@@ -53,7 +54,7 @@ class TowerArguments:
 
 
 class VisionBatches(Dataset):
-    """Batch number -> patches of pictures and of clips with their labels [patches, channels]."""
+    """Batch number -> patches of pictures and of clips with the labels of their cells [patches, 16, channels]."""
 
     def __init__(self, config: OmniConfig, args: TowerArguments, split: str):
         vision = config.vision_config
@@ -75,23 +76,29 @@ class VisionBatches(Dataset):
         pixels, grids, labels = [], [], []
         for seed in list(seeds)[num_videos:]:
             picture, label = dense_image_sample(seed, self.split)
-            h, w = label.shape[1:]
+            h, w = label.shape[1] // CELLS, label.shape[2] // CELLS
             pixels.append(self.images.patches(np.asarray(picture), h, w))
             grids.append((1, h, w))
-            labels.append(torch.from_numpy(label).flatten(1).T)
+            labels.append(labels_per_patch(label[:, None]))
         if pixels:
             batch |= {"pixels": torch.cat(pixels), "grids": torch.tensor(grids), "labels": torch.cat(labels)}
         pixels, grids, labels = [], [], []
         for seed in list(seeds)[:num_videos]:
             frames, label = dense_video_sample(seed, self.split)
-            t, h, w = label.shape[1:]
+            t, h, w = label.shape[1], label.shape[2] // CELLS, label.shape[3] // CELLS
             pixels.append(self.videos.patches(frames, h, w))
             grids.append((t, h, w))
-            labels.append(torch.from_numpy(label).flatten(1).T)
+            labels.append(labels_per_patch(label))
         if pixels:
             batch |= {"video_pixels": torch.cat(pixels), "video_grids": torch.tensor(grids)}
             batch["video_labels"] = torch.cat(labels)
         return batch
+
+
+def labels_per_patch(label: np.ndarray) -> torch.Tensor:
+    """Labels [channels, t, 4h, 4w] of cells -> [t * h * w, 16, channels], patches in the tower's order."""
+    cells = torch.from_numpy(label).unflatten(2, (-1, CELLS)).unflatten(4, (-1, CELLS))  # [c, t, h, 4, w, 4]
+    return cells.permute(1, 2, 4, 3, 5, 0).flatten(0, 2).flatten(1, 2)
 
 
 class AudioBatches(Dataset):
@@ -145,7 +152,8 @@ class LabelledTower(nn.Module):
         for module in self.tower.modules():
             init(module, part)
         self.norm = nn.LayerNorm(part.hidden_size)
-        self.head = nn.Linear(part.hidden_size, sum(self.sizes))
+        self.cells = CELLS**2 if tower == "vision" else 1
+        self.head = nn.Linear(part.hidden_size, sum(self.sizes) * self.cells)
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         """-> loss, share of right labels where there is something to see or hear, per channel."""
@@ -159,12 +167,16 @@ class LabelledTower(nn.Module):
         for prefix, is_video in (("", False), ("video_", True)):
             if prefix + "pixels" in batch:
                 hidden = self.tower(batch[prefix + "pixels"], batch[prefix + "grids"], is_video=is_video)
-                logits = self.head(self.norm(hidden)).split(self.sizes, -1)
-                for name, channel, label in zip(("thing", "colour", "motion"), logits, batch[prefix + "labels"].T):
+                logits = self.head(self.norm(hidden)).unflatten(-1, (self.cells, -1)).flatten(0, 1).split(self.sizes, -1)
+                labels = batch[prefix + "labels"].flatten(0, 1).T
+                for name, channel, label in zip(("thing", "colour", "motion"), logits, labels):
                     pairs.append((prefix + name, channel, label))
         loss, right = 0.0, {}
         for name, logits, labels in pairs:
-            loss = loss + F.cross_entropy(logits.float(), labels, ignore_index=IGNORE)
+            # most places hold nothing; at full weight they would drown what there is to learn
+            weight = torch.full((logits.shape[-1],), 1.0, device=logits.device)
+            weight[0] = 0.2
+            loss = loss + F.cross_entropy(logits.float(), labels, weight, ignore_index=IGNORE)
             seen = labels > 0
             right[name] = (logits.argmax(-1) == labels)[seen].float().mean().item()
         return loss, right

@@ -263,8 +263,8 @@ class OmniProcessor(ProcessorMixin):
         Returns:
             A prompt string (a list for a batch) in which supplied text is kept apart from structure, fit for
             `__call__`; or a `BatchFeature` with a batch dimension even for one conversation: `input_ids` and
-            `attention_mask` [B, S]; where there are media `mm_token_type_ids` [B, S] (0 text, 1 image, 2 video, 3 audio)
-            and `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`, `input_features`,
+            `attention_mask` [B, S]; with media `mm_token_type_ids` [B, S] (0 text, 1 image, 2 video, 3 audio) and
+            `pixel_values`, `image_grid_thw`, `pixel_values_videos`, `video_grid_thw`, `input_features`,
             `input_features_mask`, `audio_clip_counts`; with EVS `video_keep_tokens` [videos].
 
         Labels cover reasoning, answer, tool calls and `<|im_end|>` of every assistant turn, not what the generation

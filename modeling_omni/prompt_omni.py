@@ -39,6 +39,11 @@ _ESCAPES = {ord(char): ESCAPE + str(i) for i, char in enumerate((OPEN, CLOSE, ES
 _UNESCAPES = {str(i): chr(char) for i, char in enumerate(_ESCAPES)} | {".": ""}
 
 
+def mark(token: str) -> str:
+    """A special token as structure, for use in rendered templates and prepared messages."""
+    return OPEN + token + CLOSE
+
+
 def escape(text: str) -> str:
     """Supplied text, safe to stand in a rendered template. `unescape` gives it back."""
     if text.isascii() or not (found := _UNSAFE.search(text)):
@@ -109,6 +114,13 @@ def default_chat_template() -> str:
     return (Path(__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
 
 
+@functools.lru_cache(maxsize=32)
+def _compile(source: str, spelling: re.Pattern) -> tuple[jinja2.Template, frozenset[str]]:
+    environment = _jinja_environment()
+    tree = environment.parse(spelling.sub(lambda match: mark(match[0]), source))
+    return environment.from_string(tree), frozenset(meta.find_undeclared_variables(tree))
+
+
 class TextCodec:
     """Tokenises structure and text apart: a copy of the tokenizer without its added tokens encodes all text."""
 
@@ -121,7 +133,6 @@ class TextCodec:
         self.reserved = frozenset(self.special_ids.values())
         spellings = sorted({*self.special_ids, VIDEO}, key=len, reverse=True)
         self.spelling = re.compile("|".join(map(re.escape, spellings)))
-        self.templates: dict[str, tuple[jinja2.Template, frozenset[str]]] = {}
         self.short_texts: dict[str, list[int]] = {}
 
     def __deepcopy__(self, memo):
@@ -146,13 +157,7 @@ class TextCodec:
 
     def compile(self, source: str) -> tuple[jinja2.Template, frozenset[str]]:
         """Template with its special tokens marked as structure, and the names of its variables."""
-        entry = self.templates.get(source)
-        if entry is None:
-            environment = _jinja_environment()
-            marked = self.spelling.sub(lambda match: mark(match[0]), source)
-            names = frozenset(meta.find_undeclared_variables(environment.parse(marked)))
-            entry = self.templates[source] = (environment.from_string(marked), names)
-        return entry
+        return _compile(source, self.spelling)
 
     def split_rendered(self, rendered: str) -> list[tuple[str, str]]:
         """Rendered template -> (kind, value) pieces; kind is "text", "special" or "labels"."""
@@ -198,11 +203,6 @@ def unescape_prompt(text: str) -> str:
     if ESCAPE not in text:
         return text
     return _ESCAPED_IN_PROMPT.sub(lambda match: _UNESCAPES[match[1]], text)
-
-
-def mark(token: str) -> str:
-    """A special token as structure, for use in rendered templates and prepared messages."""
-    return OPEN + token + CLOSE
 
 
 def prepare_messages(
@@ -335,7 +335,7 @@ def source_keys(kind: str) -> tuple[str, ...]:
 
 
 def media_source(kind: str, part: dict):
-    """What a media part points to, as `load_image` and its like take it; sound with its rate beside it as (array, rate)."""
+    """What a media part points to, as the loaders take it; sound with its rate beside it becomes (array, rate)."""
     source = next((part[key] for key in source_keys(kind) if part.get(key) is not None), None)
     if source is None:
         raise OmniInputError(

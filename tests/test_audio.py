@@ -348,7 +348,7 @@ def test_checkpointing_gives_the_same_gradients(tower, reentrant):
     again, checkpointed = gradients(tower, features, mask)
     torch.testing.assert_close(again, hidden, rtol=1e-5, atol=1e-5)  # without grad SDPA takes another kernel
     for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-4)
     assert not features.requires_grad
 
 

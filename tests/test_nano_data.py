@@ -11,7 +11,16 @@ from PIL import Image
 from modeling_omni import nano_data
 from modeling_omni.nano_data import fonts, images, scenes, speech, text, video
 from modeling_omni.nano_data.tokenizer import SPECIAL_TOKENS, build_tokenizer, save_tokenizer
-from modeling_omni.nano_data.vocabulary import COLOURS, MOTIONS, PLACES, PRINTED_WORDS, SHAPES, SPOKEN_WORDS, in_split, sample_random
+from modeling_omni.nano_data.vocabulary import (
+    COLOURS,
+    MOTIONS,
+    PLACES,
+    PRINTED_WORDS,
+    SHAPES,
+    SPOKEN_WORDS,
+    in_split,
+    sample_random,
+)
 
 HAS_FONTS = all(importlib.util.find_spec(p.replace("-", "_")) for p in fonts.FONT_PACKAGES)
 HAS_ESPEAK = importlib.util.find_spec("espeakng_loader") is not None
@@ -27,13 +36,13 @@ SILENT = tuple(s for s in nano_data.SKILLS if s not in HEARING and s not in READ
 def spoken(tmp_path_factory):
     """A small real cache: two training and two held-out espeak-ng voices, all words."""
     folder = tmp_path_factory.mktemp("speech")
-    patch = pytest.MonkeyPatch()
     every = {split: [v for v in speech.voices(split) if v.engine == "espeak"] for split in nano_data.SPLITS}
-    patch.setattr(speech, "voices", lambda split: every[split][:8:4])
-    speech.build_cache(folder)
-    patch.setenv(speech.FOLDER_VARIABLE, str(folder))
-    yield folder
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speech, "voices", lambda split: every[split][:8:4])
+        speech.build_cache(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(speech.FOLDER_VARIABLE, str(folder))
+        yield folder
 
 
 def flat(sample):
@@ -126,7 +135,7 @@ def test_sums_and_their_thoughts_are_right():
 
 
 def parse(description):
-    """"red circle top left, blue star moves up" -> [(colour, shape, place or motion)]."""
+    """ "red circle top left, blue star moves up" -> [(colour, shape, place or motion)]."""
     found = []
     for sentence in re.split(r", | and |\. ", description):
         match = re.fullmatch(r"(?:There is |You see )?(?:an? )?(\w+) (\w+) (?:moves )?(.+)", sentence)
@@ -220,7 +229,9 @@ def test_what_moves_moves_as_said():
         rng = sample_random("test", seed, "train")
         things = scenes.moving_things(rng)
         frames, inks = video.draw_clip(things, rng, *video.random_shape(rng))
-        assert frames.dtype == np.uint8 and len(frames) == len(inks) and frames.shape[1] % 32 == frames.shape[2] % 32 == 0
+        assert (
+            frames.dtype == np.uint8 and len(frames) == len(inks) and frames.shape[1] % 32 == frames.shape[2] % 32 == 0
+        )
         assert sum(t.motion != scenes.STILL for t in things) <= 1
         for number, thing in enumerate(things):
             (x0, y0), (x1, y1) = centre(inks[0][number]), centre(inks[-1][number])
@@ -339,12 +350,13 @@ def test_dense_image_labels():
     assert len(kinds) > 36
 
 
-def test_dense_labels_of_one_full_patch():
-    ink = images.Ink(np.ones((16, 16), np.float32), x=16, y=32, thing=3, colour=5)
-    faint = images.Ink(np.ones((2, 16), np.float32), x=0, y=15, thing=4, colour=6)  # one row in each of two patches
-    labels = images.dense_labels([ink, faint], 64, 96, share=0.6)
-    assert labels.shape == (2, 4, 6) and labels[0, 2, 1] == 3 and labels[1, 2, 1] == 5
-    assert labels[0, 0, 0] == labels[0, 1, 0] == images.IGNORE and (labels[0] > 0).sum() == 1
+def test_dense_labels_of_cells():
+    ink = images.Ink(np.ones((8, 4), np.float32), x=16, y=32, thing=3, colour=5)  # fills two cells
+    faint = images.Ink(np.ones((1, 4), np.float32), x=0, y=15, thing=4, colour=6)  # a quarter of one cell
+    labels = images.dense_labels([ink, faint], 64, 96)
+    assert labels.shape == (2, 16, 24) and (labels[0] > 0).sum() == 2
+    assert (labels[:, 8:10, 4] == [[3], [5]]).all()
+    assert labels[0, 3, 0] == images.IGNORE and (labels[0] == images.IGNORE).sum() == 1
 
 
 def test_dense_video_labels():
@@ -352,7 +364,7 @@ def test_dense_video_labels():
     for seed in range(30):
         frames, labels = nano_data.dense_video_sample(seed)
         count, height, width, _ = frames.shape
-        assert count % 2 == 0 and labels.shape == (3, count // 2, height // 16, width // 16)
+        assert count % 2 == 0 and labels.shape == (3, count // 2, height // 4, width // 4)
         assert np.array_equal(labels[0] > 0, labels[2] > 0)
         seen |= set(labels[2].ravel().tolist())
     assert seen == {nano_data.IGNORE, *range(len(nano_data.MOTION_CLASSES))}

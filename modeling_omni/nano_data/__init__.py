@@ -74,7 +74,9 @@ _SKILLS = {
     "text_heard_picture": partial(_from_text, text.heard_picture),
     "text_chat": partial(_from_text, text.chat),
     **{f"image_{kind}": partial(_from_image, images.shapes_sample, kind) for kind in SHAPE_KINDS},
-    **{f"image_{kind}": partial(_from_image, images.reading_sample, kind) for kind in ("word", "digits", "handwritten")},
+    **{
+        f"image_{kind}": partial(_from_image, images.reading_sample, kind) for kind in ("word", "digits", "handwritten")
+    },
     **{f"speech_{kind}": partial(_hear, kind) for kind in ("digits", "words", "count")},
     **{
         f"video_{kind}": partial(_from_video, partial(video.motion_sample, kind))

@@ -21,7 +21,7 @@ def save_examples(folder: str | Path) -> list[dict]:
     images.finish(images.draw_things(things, rng)[0], rng).save(folder / "shapes.png")
     images.finish(images.draw_word("HELLO", rng, "heldout")[0], rng).save(folder / "word.png")
 
-    digits, _, _ = speech.spoken_utterance(rng, "heldout", ["four", "zero", "seven"], engine="piper")
+    digits, _, _ = speech.spoken_utterance(rng, "heldout", ["four", "zero", "seven"], engine="piper", clean=True)
     save_audio(folder / "digits.wav", digits, speech.RATE)
 
     movers = [scenes.Thing("green", "square", 0, "right"), scenes.Thing("yellow", "star", 1, scenes.STILL)]
@@ -30,7 +30,7 @@ def save_examples(folder: str | Path) -> list[dict]:
 
     speaker = [scenes.Thing("yellow", "heart", 0, "up")]
     frames, _ = video.draw_clip(speaker, rng, 8, 64, 64)
-    said, _, _ = speech.spoken_utterance(rng, "heldout", ["stop"], engine="flite")
+    said, _, _ = speech.spoken_utterance(rng, "heldout", ["stop"], engine="flite", clean=True)
     sound = np.zeros(2 * speech.RATE, np.float32)
     sound[: len(said)] = said[: len(sound)]
     save_video(folder / "motion_sound.mp4", frames, 4.0, sound, speech.RATE)

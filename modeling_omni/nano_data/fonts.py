@@ -5,7 +5,7 @@ Fonts come from packages, not from the system, so that a sample is the same on e
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from .vocabulary import CHARACTERS
 
 FAMILIES = {
     "train": (
-        "abel albert-sans alegreya-sans archivo arvo asap barlow barlow-condensed bebas-neue bitter cabin chivo comfortaa "
-        "crimson-text dm-mono dosis exo-2 fjalla-one hind ibm-plex-mono inconsolata inter josefin-sans kanit "
+        "abel albert-sans alegreya-sans archivo arvo asap barlow barlow-condensed bebas-neue bitter cabin chivo "
+        "comfortaa crimson-text dm-mono dosis exo-2 fjalla-one hind ibm-plex-mono inconsolata inter josefin-sans kanit "
         "libre-baskerville lora montserrat nunito open-sans oswald overpass play playfair-display poppins pt-sans "
         "pt-serif quicksand rajdhani roboto roboto-mono rubik signika source-sans-3 space-mono teko titillium-web "
         "work-sans zilla-slab"
@@ -85,7 +85,7 @@ def _faces_of(family: str) -> list[Face]:
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph_set(face: Face) -> GlyphSet:
     """Renders the face's characters (0-9, A-Z)."""
     font = ImageFont.truetype(face.path, _SIZE, layout_engine=ImageFont.Layout.BASIC)

@@ -7,7 +7,7 @@ A picture is float32 [H, W, 3] in 0..255 while it is painted, a PIL image when i
 import io
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import cos, pi, sin
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from . import fonts, scenes, text
 from .vocabulary import CHARACTERS, COLOURS, PLACES, SHAPES, sample_random
 
-PATCH = 16
+CELL = 4  # pixels per side of one dense label
 IGNORE = -100
 # dense labels, channel 0: 0 background, then shapes, then characters; channel 1: 0 none, then colours
 THING_CLASSES = ("background", *SHAPES, *CHARACTERS)
@@ -73,7 +73,9 @@ def background(rng: random.Random, height: int, width: int, colours: list[tuple]
     kind, strength = rng.random(), rng.uniform(6, 22)
     if kind < 0.3:
         dy, dx = rng.uniform(-1, 1), rng.uniform(-1, 1)
-        ramp = dy * np.linspace(-1, 1, height, dtype=np.float32)[:, None] + dx * np.linspace(-1, 1, width, dtype=np.float32)
+        ramp = dy * np.linspace(-1, 1, height, dtype=np.float32)[:, None] + dx * np.linspace(
+            -1, 1, width, dtype=np.float32
+        )
         ground += strength * ramp[..., None]
     elif kind < 0.5:
         cells = Image.fromarray((noise(rng, 5, 5)[..., 0] * 40 + 128).clip(0, 255).astype(np.uint8))
@@ -81,7 +83,11 @@ def background(rng: random.Random, height: int, width: int, colours: list[tuple]
         ground += strength * ((cloud - 128) / 60)[..., None]
     elif kind < 0.65:
         period, phase = rng.uniform(6, 30), rng.uniform(0, 6)
-        along = np.arange(width, dtype=np.float32)[None] if rng.random() < 0.5 else np.arange(height, dtype=np.float32)[:, None]
+        along = (
+            np.arange(width, dtype=np.float32)[None]
+            if rng.random() < 0.5
+            else np.arange(height, dtype=np.float32)[:, None]
+        )
         ground += 0.6 * strength * np.sign(np.sin(along * (2 * pi / period) + phase))[..., None]
     elif kind < 0.75:
         if rng.random() < 0.5:
@@ -124,7 +130,7 @@ def jittered(colour: str, rng: random.Random, amount: int = 16) -> tuple:
     return tuple(min(255, max(0, c + rng.randint(-amount, amount))) for c in COLOURS[colour])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     """The shape's corners around (0, 0), within the unit circle or nearly."""
     if shape == "circle":
@@ -134,10 +140,26 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     if shape == "triangle":
         return tuple((sin(2 * pi * k / 3), 0.15 - cos(2 * pi * k / 3)) for k in range(3))
     if shape == "star":
-        return tuple(((0.42 if k % 2 else 1.05) * sin(pi * k / 5), -(0.42 if k % 2 else 1.05) * cos(pi * k / 5)) for k in range(10))
+        return tuple(
+            ((0.42 if k % 2 else 1.05) * sin(pi * k / 5), -(0.42 if k % 2 else 1.05) * cos(pi * k / 5))
+            for k in range(10)
+        )
     if shape == "cross":
         a, b = 0.3, 0.95
-        return ((-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a))
+        return (
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        )
     steps = [2 * pi * k / 40 for k in range(40)]  # heart
     return tuple(
         (sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 16 - 0.05) for t in steps
@@ -174,7 +196,9 @@ def draw_things(things: list[scenes.Thing], rng: random.Random) -> tuple[np.ndar
     picture, _ = background(rng, height, width, list(colours.values()))
     side, inks = min(height, width), []
     for thing in things:
-        largest = 0.15 if len(things) > 3 else 0.17 if len(things) > 1 else 0.4 if PLACES[thing.place] == "center" else 0.22
+        largest = (
+            0.15 if len(things) > 3 else 0.17 if len(things) > 1 else 0.4 if PLACES[thing.place] == "center" else 0.22
+        )
         radius = rng.uniform(0.1, largest) * side
         x, y = centre_of(thing.place, radius, height, width, rng)
         mask = shape_mask(thing.shape, radius, rng)
@@ -206,8 +230,8 @@ def _write(picture, ground, word: str, box: tuple, rng: random.Random, split: st
     inks = []
     for index, (x, y, mask) in enumerate(placed):
         drift = round(slope * (x - width / 2)) if bottom - top - height > abs(slope) * width else 0
-        ink = Ink(mask.astype(np.float32) / 255, x0 + x, y0 + y + drift, 1 + len(SHAPES) + CHARACTERS.index(word[index]),
-                  1 + list(COLOURS).index(colour))  # fmt: skip
+        thing = 1 + len(SHAPES) + CHARACTERS.index(word[index])
+        ink = Ink(mask.astype(np.float32) / 255, x0 + x, y0 + y + drift, thing, 1 + list(COLOURS).index(colour))
         paint(picture, ink.mask, ink.x, ink.y, tone)
         inks.append(ink)
     return inks
@@ -260,9 +284,13 @@ def _handwrite(picture, ground, digits: str, box: tuple, rng: random.Random, spl
     for digit in digits:
         source = Image.fromarray(np.pad(rng.choice(handwriting(split)[digit]), 1))
         size = int(side * rng.uniform(0.92, 1.0))
-        turned = source.resize((size, size), Image.Resampling.BICUBIC).rotate(rng.uniform(-9, 9), Image.Resampling.BILINEAR)
+        turned = source.resize((size, size), Image.Resampling.BICUBIC).rotate(
+            rng.uniform(-9, 9), Image.Resampling.BILINEAR
+        )
         mask = np.clip((np.asarray(turned, np.float32) / 255 - level) * 2.2, 0, 1)
-        ink = Ink(mask, int(x), int(y + rng.uniform(-2, 2)), 1 + len(SHAPES) + int(digit), 1 + list(COLOURS).index(colour))
+        ink = Ink(
+            mask, int(x), int(y + rng.uniform(-2, 2)), 1 + len(SHAPES) + int(digit), 1 + list(COLOURS).index(colour)
+        )
         paint(picture, mask, ink.x, ink.y, tone)
         inks.append(ink)
         x += side * rng.uniform(0.78, 0.88)
@@ -291,7 +319,11 @@ def reading_sample(kind: str, rng: random.Random, split: str) -> tuple[Image.Ima
         shown, questions, noun = text.printed_word(rng, split), text.READ_WORD_QUESTIONS, "word"
         picture, _ = draw_word(shown, rng, split)
     elif kind == "digits":
-        shown, questions, noun = text.random_string(rng, "0123456789", 1, 4, split), text.READ_DIGITS_QUESTIONS, "number"
+        shown, questions, noun = (
+            text.random_string(rng, "0123456789", 1, 4, split),
+            text.READ_DIGITS_QUESTIONS,
+            "number",
+        )
         picture, _ = draw_word(shown, rng, split)
     else:
         shown, noun = text.random_string(rng, "0123456789", 1, 4, split), "number"
@@ -305,29 +337,25 @@ def reading_sample(kind: str, rng: random.Random, split: str) -> tuple[Image.Ima
     return finish(picture, rng), scenes.vary(question, rng), answer, " ".join(shown)
 
 
-def dense_labels(inks: list[Ink], height: int, width: int, share: float = 0.2) -> np.ndarray:
-    """Labels int64 [2, height / 16, width / 16]: thing (THING_CLASSES) and colour (COLOUR_CLASSES) of every patch.
+def dense_labels(inks: list[Ink], height: int, width: int) -> np.ndarray:
+    """Labels int64 [2, height / 4, width / 4]: thing (THING_CLASSES) and colour (COLOUR_CLASSES) of every 4x4 cell.
 
-    A patch belongs to the thing with the most ink in it, if it holds at least `share` of that thing or is a quarter full
-    of it; with less ink it is IGNOREd, with none it is background.
+    A cell belongs to the thing with the most ink in it if that fills half of it, is IGNOREd with less ink, and is
+    background with next to none. Cells this small show a tower the outline of things, which it learns first.
     """
-    rows, columns = height // PATCH, width // PATCH
-    full = np.zeros((len(inks), height, width), np.float32)
-    for layer, ink in zip(full, inks, strict=True):
-        paint(layer[..., None], ink.mask, ink.x, ink.y, (1.0,))
-    held = full.reshape(len(inks), rows, PATCH, columns, PATCH).sum((2, 4))  # ink per patch
-    amount = held.sum((1, 2))[:, None, None] + 1e-6
+    rows, columns = height // CELL, width // CELL
     labels = np.zeros((2, rows, columns), np.int64)
     if not inks:
         return labels
+    full = np.zeros((len(inks), height, width), np.float32)
+    for layer, ink in zip(full, inks, strict=True):
+        paint(layer[..., None], ink.mask, ink.x, ink.y, (1.0,))
+    held = full.reshape(len(inks), rows, CELL, columns, CELL).mean((2, 4))  # share of the cell that is ink
     best = held.argmax(0)
     most = np.take_along_axis(held, best[None], 0)[0]
-    part = np.take_along_axis(held / amount, best[None], 0)[0]
     ids = np.array([[ink.thing, ink.colour] for ink in inks])
-    certain = (part >= share) | (most >= 0.25 * PATCH**2)
-    unsure = (most >= 2.0) & ~certain
     for channel in range(2):
-        labels[channel] = np.where(certain, ids[best, channel], np.where(unsure, IGNORE, 0))
+        labels[channel] = np.where(most >= 0.5, ids[best, channel], np.where(most >= 0.1, IGNORE, 0))
     return labels
 
 
@@ -354,7 +382,9 @@ def dense_image_sample(seed: int, split: str = "train") -> tuple[Image.Image, np
                 inks += _handwrite(picture, ground, digits, box, rng, split)
             else:
                 letters = CHARACTERS[:10] if rng.random() < 0.3 else CHARACTERS[10:]
-                inks += _write(picture, ground, "".join(rng.choices(letters, k=rng.randint(2, width // 24))), box, rng, split)
+                inks += _write(
+                    picture, ground, "".join(rng.choices(letters, k=rng.randint(2, width // 24))), box, rng, split
+                )
             top += line + rng.randint(0, 6)
     height, width, _ = picture.shape
     return finish(picture, rng), dense_labels(inks, height, width)

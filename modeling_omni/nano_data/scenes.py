@@ -70,31 +70,39 @@ def ask_scene(kind: str, things: list[Thing], rng: random.Random, noun: str) -> 
     colour_word = rng.choice(("colour", "color"))
     if kind == "colour":
         subject = "shape" if alone and rng.random() < 0.5 else thing.shape
-        return rng.choice((
-            f"What {colour_word} is the {subject}?",
-            f"Which {colour_word} is the {subject}?",
-            f"Name the {colour_word} of the {subject}.",
-        )), thing.colour
+        return rng.choice(
+            (
+                f"What {colour_word} is the {subject}?",
+                f"Which {colour_word} is the {subject}?",
+                f"Name the {colour_word} of the {subject}.",
+            )
+        ), thing.colour
     if kind == "shape":
         if alone and rng.random() < 0.5:
-            return rng.choice(("What shape is it?", "Which shape is this?", f"Name the shape in the {noun}.")), thing.shape
+            return rng.choice(
+                ("What shape is it?", "Which shape is this?", f"Name the shape in the {noun}.")
+            ), thing.shape
         if rng.random() < 0.3:
             return rng.choice((f"What shape is at the {PLACES[thing.place]}?",
                                f"Which shape is at the {PLACES[thing.place]}?")), thing.shape  # fmt: skip
-        return rng.choice((
-            f"What shape is {thing.colour}?",
-            f"Which shape is {thing.colour}?",
-            f"Name the {thing.colour} shape.",
-        )), thing.shape
+        return rng.choice(
+            (
+                f"What shape is {thing.colour}?",
+                f"Which shape is {thing.colour}?",
+                f"Name the {thing.colour} shape.",
+            )
+        ), thing.shape
     if kind == "where":
         subject = rng.choice((thing.shape, thing.name, f"{thing.colour} shape"))
         if alone and rng.random() < 0.3:
             subject = "shape"
-        return rng.choice((
-            f"Where is the {subject}?",
-            f"Where in the {noun} is the {subject}?",
-            f"In which part of the {noun} is the {subject}?",
-        )), PLACES[thing.place]
+        return rng.choice(
+            (
+                f"Where is the {subject}?",
+                f"Where in the {noun} is the {subject}?",
+                f"In which part of the {noun} is the {subject}?",
+            )
+        ), PLACES[thing.place]
     if kind == "count":
         return _ask_count(things, rng, noun)
     if kind == "relation":
@@ -167,24 +175,30 @@ def ask_motion(kind: str, things: list[Thing], rng: random.Random, noun: str) ->
             thing = rng.choice(things)
             return f"Does the {thing.shape} move?", "no" if thing.motion == STILL else "yes"
         subject = rng.choice((mover.shape, mover.name, "shape" if len(things) == 1 else mover.shape))
-        return rng.choice((
-            f"Which way does the {subject} move?",
-            f"Where does the {subject} move?",
-            f"In which direction does the {subject} move?",
-        )), mover.motion
+        return rng.choice(
+            (
+                f"Which way does the {subject} move?",
+                f"Where does the {subject} move?",
+                f"In which direction does the {subject} move?",
+            )
+        ), mover.motion
     if kind == "mover":
         if mover is None:
             return rng.choice(("What moves?", "Which shape moves?")), "none"
         colour_word = rng.choice(("colour", "color"))
-        return rng.choice((
-            ("Which shape moves?", mover.shape),
-            (f"What {colour_word} is the moving shape?", mover.colour),
-            (f"Which {colour_word} moves?", mover.colour),
-            (f"What moves {mover.motion}?", mover.name),
-            ("What moves?", mover.name),
-        ))
+        return rng.choice(
+            (
+                ("Which shape moves?", mover.shape),
+                (f"What {colour_word} is the moving shape?", mover.colour),
+                (f"Which {colour_word} moves?", mover.colour),
+                (f"What moves {mover.motion}?", mover.name),
+                ("What moves?", mover.name),
+            )
+        )
     if kind == "describe_motion":
-        return rng.choice((f"Describe the {noun}.", f"What happens in the {noun}?", "What moves where?")), describe(things)
+        return rng.choice((f"Describe the {noun}.", f"What happens in the {noun}?", "What moves where?")), describe(
+            things
+        )
     raise ValueError(f"unknown kind of question {kind!r}")
 
 

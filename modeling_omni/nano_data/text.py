@@ -136,7 +136,9 @@ def ask_heard_motion(things: list[scenes.Thing], rng: random.Random) -> tuple[st
         return rng.choice(HEAR_WORDS_QUESTIONS[:2] + ("What does the voice in the video say?",)), " ".join(words), words
     if how < 0.55:
         word = mover.motion if rng.random() < 0.5 else rng.choice([w for w in scenes.MOTIONS if w != mover.motion])
-        question = rng.choice(("Does the spoken word match the motion?", "Is the spoken direction the direction of motion?"))
+        question = rng.choice(
+            ("Does the spoken word match the motion?", "Is the spoken direction the direction of motion?")
+        )
         return question, "yes" if word == mover.motion else "no", [word]
     if how < 0.7:
         return f"Which way does the {mover.shape} move and what is said?", f"{mover.motion}, {word}", [word]
@@ -152,21 +154,25 @@ def ask_heard_picture(things: list[scenes.Thing], rng: random.Random) -> tuple[s
     spoken_shapes = [t for t in things if t.shape in COMMAND_WORDS]
     if how < 0.5 and spoken_shapes:
         thing = rng.choice(spoken_shapes)
-        question, answer = rng.choice((
-            ("Where is the spoken shape?", scenes.PLACES[thing.place]),
-            ("What colour is the spoken shape?", thing.colour),
-            ("What color is the spoken shape?", thing.colour),
-        ))
+        question, answer = rng.choice(
+            (
+                ("Where is the spoken shape?", scenes.PLACES[thing.place]),
+                ("What colour is the spoken shape?", thing.colour),
+                ("What color is the spoken shape?", thing.colour),
+            )
+        )
         return question, answer, [thing.shape]
     spoken_colours = [c for c in scenes.COLOUR_NAMES if c in COMMAND_WORDS]
     colour = thing.colour if thing.colour in spoken_colours and rng.random() < 0.5 else rng.choice(spoken_colours)
     found = [t for t in things if t.colour == colour]
     if found and rng.random() < 0.5:
-        return rng.choice((
-            ("Which shape has the spoken colour?", found[0].shape, [colour]),
-            ("Which shape has the spoken color?", found[0].shape, [colour]),
-            ("Where is the shape of the spoken colour?", scenes.PLACES[found[0].place], [colour]),
-        ))
+        return rng.choice(
+            (
+                ("Which shape has the spoken colour?", found[0].shape, [colour]),
+                ("Which shape has the spoken color?", found[0].shape, [colour]),
+                ("Where is the shape of the spoken colour?", scenes.PLACES[found[0].place], [colour]),
+            )
+        )
     question = rng.choice(("Is the spoken colour in the picture?", "Is the spoken color in the picture?"))
     return question, "yes" if found else "no", [colour]
 
@@ -218,13 +224,23 @@ UNKNOWN = (
     "Who won the game?", "What is the weather like?", "Translate this to German.", "How old is the earth?",
     "Explain gravity.", "What time is it?", "Write some code.", "Who is the president?", "Tell me a story.",
 )  # fmt: skip
-UNKNOWN_HELDOUT = ("Who painted this?", "What is a black hole?", "Sing a song.", "How do I bake bread?", "When is lunch?")
+UNKNOWN_HELDOUT = (
+    "Who painted this?",
+    "What is a black hole?",
+    "Sing a song.",
+    "How do I bake bread?",
+    "When is lunch?",
+)
 
 
 def chat(rng: random.Random, split: str) -> Exchange:
     how = rng.random()
     if how < 0.3:
-        return scenes.vary(rng.choice(GREETINGS), rng), "Hello! Show me a picture, a video or speech.", "this is a greeting"
+        return (
+            scenes.vary(rng.choice(GREETINGS), rng),
+            "Hello! Show me a picture, a video or speech.",
+            "this is a greeting",
+        )
     if how < 0.5:
         return scenes.vary(rng.choice(ABOUT), rng), "I am nano, a small omni model.", "i am nano"
     if how < 0.7:

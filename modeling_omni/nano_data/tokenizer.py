@@ -36,8 +36,8 @@ CAPITAL_WORDS = (
     "The", "There", "You", "Repeat", "Copy", "Say", "Calculate", "Who", "Hello", "Show", "Tell",
 )  # fmt: skip
 LOWER_WORDS = (
-    "what", "which", "where", "how", "is", "does", "in", "name", "count", "read", "describe", "write", "transcribe", "i",
-    "this", "a", "the",
+    "what", "which", "where", "how", "is", "does", "in", "name", "count", "read", "describe", "write", "transcribe",
+    "i", "this", "a", "the",
 )  # fmt: skip
 SPACED_WORDS = (
     "is", "the", "a", "of", "in", "at", "to", "and", "are", "it", "does", "do", "this", "me", "there", "i", "you",
@@ -56,7 +56,9 @@ _WORD_END = "(?![a-z])"
 
 
 def _piece_pattern() -> str:
-    phrases = "|".join(re.escape(p).replace("\\\n", "\n").replace("\\ ", " ") for p in sorted(PHRASES, key=len, reverse=True))
+    phrases = "|".join(
+        re.escape(p).replace("\\\n", "\n").replace("\\ ", " ") for p in sorted(PHRASES, key=len, reverse=True)
+    )
     answers = "|".join(sorted(ANSWER_WORDS, key=len, reverse=True))
     return f"(?:{phrases})| (?!(?:{answers}){_WORD_END})[a-z]+|[A-Z]?[a-z]+|[A-Z]|[0-9]|\\s|[^\\sA-Za-z0-9]"
 
@@ -82,7 +84,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     ])  # fmt: skip
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([
-        AddedToken(SPECIAL_TOKENS.get(i, f"<SPECIAL_{i}>"), special=True, normalized=False) for i in range(SPECIAL_COUNT)
+        AddedToken(SPECIAL_TOKENS.get(i, f"<SPECIAL_{i}>"), special=True, normalized=False)
+        for i in range(SPECIAL_COUNT)
     ])  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -1,4 +1,4 @@
-"""Short clips of the nano world: one shape moves (or none does), alone or beside one that stays, with or without speech.
+"""Short clips of the nano world: one shape moves (or none), alone or beside one that stays, with or without speech.
 
 Frames are uint8 [T, H, W, 3] (T 4-12, mostly 8, sides 64 or 96), at about 4 frames per second; sound is 16 kHz mono.
 """
@@ -107,10 +107,10 @@ def heard_motion_sample(rng: random.Random, split: str) -> tuple:
 
 
 def dense_video_sample(seed: int, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """A clip and labels of every patch of every pair of frames, to teach the vision tower motion.
+    """A clip and labels of every 4x4 cell of every pair of frames, to teach the vision tower motion.
 
     Returns:
-        frames uint8 [T, H, W, 3] (T even); labels int64 [3, T / 2, H / 16, W / 16]: thing, colour (as in
+        frames uint8 [T, H, W, 3] (T even); labels int64 [3, T / 2, H / 4, W / 4]: thing, colour (as in
         `dense_image_sample`) and motion (MOTION_CLASSES), from the ink of both frames of a pair.
     """
     rng = sample_random("dense_video", seed, split)
@@ -118,9 +118,9 @@ def dense_video_sample(seed: int, split: str = "train") -> tuple[np.ndarray, np.
     count, height, width = random_shape(rng)
     frames, inks = draw_clip(things, rng, count, height, width)
     motions = {1 + SHAPES.index(t.shape): MOTION_CLASSES.index(t.motion) for t in things}  # shapes of a clip differ
-    labels = np.zeros((3, count // 2, height // images.PATCH, width // images.PATCH), np.int64)
+    labels = np.zeros((3, count // 2, height // images.CELL, width // images.CELL), np.int64)
     for pair in range(count // 2):
-        labels[:2, pair] = images.dense_labels(inks[2 * pair] + inks[2 * pair + 1], height, width, share=0.1)
+        labels[:2, pair] = images.dense_labels(inks[2 * pair] + inks[2 * pair + 1], height, width)
     labels[2] = np.where(labels[0] == images.IGNORE, images.IGNORE, 0)
     for thing, motion in motions.items():
         labels[2][labels[0] == thing] = motion

@@ -20,7 +20,17 @@ COLOURS = {
     "black": (14, 14, 16),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")  # row-major
+PLACES = (
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)  # row-major
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (dx, dy), y grows downwards
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -47,9 +57,9 @@ PRINTED_WORDS = {
     ).split(),
     "heldout": (
         "AXE BAKE BEACH BEAR BELT BOWL BRICK CAMP CLOUD CORN CROW DANCE DEER DUST ELK FENCE FIRE FUEL GATE GOAT GRAPE "
-        "HELLO HILL HOOK INN JAR JUDGE JUICE KNEE LAKE LEAF LIME MAZE MEAL MUD NEST NINE OCEAN OMNI OX PEACH PIANO POND "
-        "PUMP QUAY QUICK RIGHT RIVER ROPE SEED SEVEN SMILE SOCK STONE SUGAR TENT TIGER TO VINE VOICE WAGON WEB WORLD "
-        "YAK ZEBRA"
+        "HELLO HILL HOOK INN JAR JUDGE JUICE KNEE LAKE LEAF LIME MAZE MEAL MUD NEST NINE OCEAN OMNI OX PEACH PIANO "
+        "POND PUMP QUAY QUICK RIGHT RIVER ROPE SEED SEVEN SMILE SOCK STONE SUGAR TENT TIGER TO VINE VOICE WAGON "
+        "WEB WORLD YAK ZEBRA"
     ).split(),
 }
 

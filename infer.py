@@ -1,0 +1,387 @@
+"""Inference from the command line: ask one question, chat in the terminal, or measure the nano skills."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+
+EXAMPLES = """examples:
+  python infer.py ask --image photo.jpg "What colour is the circle?"
+  python infer.py ask --video clip.mp4 --audio question.wav
+  python infer.py ask --model nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16 --think --video talk.mp4 "Summarise."
+  python infer.py chat
+  python infer.py eval --suite nano --samples 100 --out table.json
+"""
+
+CHAT_HELP = """/image PATH, /video PATH, /audio PATH   attach to the next message
+/think on|off                           reason before the answer, or do not
+/system TEXT                            system prompt from now on (without TEXT: none)
+/clear                                  forget the conversation and what is attached
+/help, /quit                            Ctrl-C stops an answer, end of input quits
+An empty line sends attached audio as the question."""
+
+
+# ------------------------------------------------------------------------------------------------------ arguments
+
+
+class MediaInOrder(argparse.Action):
+    """Collects --image, --video and --audio into one list of (kind, source), in the order given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.media = [*namespace.media, (self.dest, values)]
+
+
+def number(kind, fits, bounds: str):
+    """An argparse type: a number of `kind` for which `fits` holds; `bounds` says so in words."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):  # NaN fits nothing
+            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    model = argparse.ArgumentParser(add_help=False)
+    group = model.add_argument_group("model")
+    group.add_argument("--model", default="nano", help="nano (shipped), a checkpoint folder or a Hugging Face id")
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+                       help="auto: as stored (nano on a CPU: float32)")  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto (all GPUs, else CPU), cpu, cuda, cuda:1, mps ...")
+    group.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
+                       help="attention kernel (default: the best that transformers finds)")  # fmt: skip
+
+    media = argparse.ArgumentParser(add_help=False)
+    group = media.add_argument_group("media")
+    positive = number(int, lambda n: n >= 1, "a whole number of 1 or more")
+    group.add_argument("--frames", type=positive, metavar="N", help="frames of a video, evenly spread, at most")
+    group.add_argument("--fps", type=number(float, lambda n: 0 < n < float("inf"), "a number above 0"),
+                       help="frames per second of a video (default: 2, and at most 256 frames)")  # fmt: skip
+    group.add_argument("--video-pruning-rate", type=number(float, lambda n: 0 <= n < 1, "from 0 to below 1"),
+                       metavar="Q", help="EVS: share of video tokens to drop (default: the processor's)")  # fmt: skip
+    group.add_argument("--max-media-tokens", type=positive, metavar="N",
+                       help="budget of all media; pictures and frames get smaller to fit it")  # fmt: skip
+    group.add_argument("--audio-from-video", choices=("auto", "on", "off"), default="auto",
+                       help="hear a video's sound: where it has any, always (else an error), never")  # fmt: skip
+    group.add_argument("--allow-urls", action="store_true", help="let http(s) URLs stand for files")
+
+    generation = argparse.ArgumentParser(add_help=False)
+    group = generation.add_argument_group("generation (defaults: the checkpoint's generation_config.json)")
+    group.add_argument("--system", help="system prompt")
+    group.add_argument("--think", action=argparse.BooleanOptionalAction,
+                       help="reason before the answer (default: enable_thinking of generation_config.json, else yes; "
+                       "nano: no)")  # fmt: skip
+    group.add_argument("--max-new-tokens", type=positive, metavar="N", help="tokens of reasoning and answer, at most")
+    group.add_argument("--temperature", metavar="T", help="0: greedy; else sampling at this temperature",
+                       type=number(float, lambda n: 0 <= n < float("inf"), "a number of 0 or more"))  # fmt: skip
+    group.add_argument("--top-p", type=number(float, lambda n: 0 < n <= 1, "above 0 and at most 1"), metavar="P",
+                       help="sampling among the likeliest tokens that add up to P")  # fmt: skip
+    group.add_argument("--seed", type=int, help="seed of the sampling")
+    group.add_argument("--prefill-chunk-size", type=positive, metavar="N",
+                       help="run the prompt N tokens at a time: less memory, same result")  # fmt: skip
+
+    parser = argparse.ArgumentParser(
+        prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval")
+
+    ask = commands.add_parser(
+        "ask", parents=[model, media, generation], help="one question about any mix of media",
+        description="One question. The media stand in the prompt in the order given here, then the question. The "
+        "answer goes to stdout, what the media cost and the reasoning to stderr.",
+    )  # fmt: skip
+    ask.add_argument("question", nargs="?", default="", help="may be left out if a sound asks it")
+    for kind in ("image", "video", "audio"):
+        ask.add_argument(f"--{kind}", action=MediaInOrder, default=argparse.SUPPRESS, metavar="FILE",
+                         help=f"{kind} file, data: URL or (with --allow-urls) URL; may be repeated")  # fmt: skip
+    ask.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
+    ask.set_defaults(run=run_ask, media=[])
+
+    chat = commands.add_parser(
+        "chat", parents=[model, media, generation], help="a conversation in the terminal",
+        description="A conversation in the terminal.", epilog=CHAT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    chat.set_defaults(run=run_chat)
+
+    evaluate = commands.add_parser(
+        "eval", parents=[model], help="held-out accuracy of the nano skills",
+        description="Held-out accuracy of the nano skills, as a Markdown table on stdout.",
+    )  # fmt: skip
+    evaluate.add_argument("--suite", choices=("nano",), default="nano", help="which tests (default: nano)")
+    evaluate.add_argument("--skills", help="comma-separated (default: all)")
+    evaluate.add_argument("--samples", type=positive, default=100, help="held-out samples per skill (default: 100)")
+    evaluate.add_argument("--seed", type=int, default=10**6, help="seed of the first sample (default: 1000000)")
+    evaluate.add_argument("--think", action=argparse.BooleanOptionalAction,
+                          help="reason before the answer (default: in text_math only)")  # fmt: skip
+    evaluate.add_argument("--batch-size", type=positive, default=25, help="prompts at a time (default: 25)")
+    evaluate.add_argument("--out", metavar="FILE", help="also write the table, with settings and versions, as JSON")
+    evaluate.set_defaults(run=run_eval)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------ helpers
+
+
+def note(text: str = "", end: str = "\n", dim: bool = False) -> None:
+    """To stderr, so that stdout holds answers alone."""
+    if dim and sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\033[2m{text}\033[0m"
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stop_on_ctrl_c(stop: threading.Event):
+    """The first Ctrl-C ends the generation at the next token; a second one interrupts as usual."""
+
+    def on_ctrl_c(*_):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, on_ctrl_c)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def generate(model, processor, inputs: dict, options, show: bool = True) -> dict:
+    """Streams reasoning to stderr and the answer to stdout (if `show`); the result of `stream_answer`."""
+    from modeling_omni.inference import stream_answer
+
+    stop, shown = threading.Event(), None
+    stream = stream_answer(
+        model,
+        processor,
+        inputs,
+        stop,
+        seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        prefill_chunk_size=options.prefill_chunk_size,
+    )
+    with stop_on_ctrl_c(stop), contextlib.closing(stream):
+        for section, piece in stream:
+            if section == "end":
+                result = piece
+            elif show:
+                if section != shown and section == "reasoning":
+                    note("reasoning:", dim=True)
+                elif section != shown and shown == "reasoning":
+                    note("\nanswer:", dim=True)
+                shown = section
+                if section == "reasoning":
+                    note(piece, end="", dim=True)
+                else:
+                    print(piece, end="", flush=True)
+    if show:
+        if shown == "reasoning":
+            note()
+        print(flush=True)
+        if result["finish_reason"] == "length":
+            note(f"(cut off after {result['generated_tokens']} tokens; see --max-new-tokens)", dim=True)
+    return result
+
+
+def check_length(model, budget: dict) -> None:
+    """A note for prompts beyond the length that the model was made for: they run, but less reliably."""
+    length, total = model.config.get_text_config().max_position_embeddings, sum(budget["tokens"].values())
+    if total > length:
+        note(f"note: {total} prompt tokens are more than the {length} this model was made for; see --max-media-tokens")
+
+
+def media_options(options) -> dict:
+    from modeling_omni.media import MediaLimits
+
+    limits = MediaLimits(allow_urls=options.allow_urls)
+    sampling = {"frames": options.frames, "fps": options.fps, "audio_from_video": options.audio_from_video}
+    return sampling | {"limits": limits}
+
+
+def prompt_options(options) -> dict:
+    return {"video_pruning_rate": options.video_pruning_rate, "max_media_tokens": options.max_media_tokens}
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+
+
+def run_ask(options) -> int:
+    from modeling_omni.inference import (
+        budget_lines,
+        default_thinking,
+        encode,
+        load,
+        media_budget,
+        open_media,
+        user_message,
+    )
+
+    choices = media_options(options)  # the files first: a wrong name should not wait for a large model
+    messages = [user_message(options.question, [open_media(kind, source, **choices) for kind, source in options.media])]
+    if options.system:
+        messages.insert(0, {"role": "system", "content": options.system})
+    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    thinking = default_thinking(model) if options.think is None else options.think
+    inputs = encode(model, processor, messages, thinking, **prompt_options(options))
+    budget = media_budget(processor, messages, inputs)
+    for line in budget_lines(budget):
+        note(line)
+    check_length(model, budget)
+    result = generate(model, processor, inputs, options, show=not options.json)
+    if options.json:
+        about = {"thinking": thinking, "model": options.model}
+        print(json.dumps({**result, **budget, **about}), flush=True)
+    return 130 if result["finish_reason"] == "interrupted" else 0
+
+
+def run_chat(options) -> int:
+    from modeling_omni.inference import load, open_media
+    from modeling_omni.media import OmniInputError
+
+    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history of input()
+        note("/help lists the commands; end of input quits")
+    chat = {"messages": [], "attached": [], "system": options.system, "think": options.think}
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            note("\n/quit leaves")
+            continue
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        try:
+            if command in ("/image", "/video", "/audio"):
+                path = rest[1:-1] if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "'\"" else rest
+                path = os.path.expanduser(path)
+                chat["attached"].append(open_media(command[1:], path, **media_options(options)))
+                note(f"attached {command[1:]} {chat['attached'][-1]['name']}")
+            elif command == "/think":
+                if rest not in ("on", "off"):
+                    raise OmniInputError("write /think on or /think off")
+                chat["think"] = rest == "on"
+                note(f"thinking {rest}")
+            elif command == "/system":
+                chat["system"] = rest or None
+                note("system prompt set" if rest else "no system prompt")
+            elif command == "/clear":
+                chat |= {"messages": [], "attached": []}
+                note("conversation forgotten")
+            elif command == "/help":
+                note(CHAT_HELP)
+            elif command in ("/quit", "/exit"):
+                return 0
+            elif command.startswith("/"):
+                raise OmniInputError(f"unknown command {command}; /help lists them, a blank in front sends it as text")
+            elif line.strip() or chat["attached"]:
+                chat_turn(model, processor, chat, line.strip(), options)
+        except OmniInputError as error:
+            note(f"error: {error}")
+        except KeyboardInterrupt:
+            note("\n(stopped; this message was not sent)")
+
+
+def chat_turn(model, processor, chat: dict, text: str, options) -> None:
+    """One message and its answer; `chat` changes only when the model has answered, if only in part."""
+    from modeling_omni.inference import budget_lines, encode, media_budget, user_message
+
+    messages = [*chat["messages"], user_message(text, chat["attached"])]
+    prompt = [{"role": "system", "content": chat["system"]}] * bool(chat["system"]) + messages
+    inputs = encode(model, processor, prompt, chat["think"], **prompt_options(options))
+    budget = media_budget(processor, prompt, inputs)
+    lines = budget_lines(budget)
+    new = sum(1 + (part["type"] == "video" and part["video"].audio is not None) for part in chat["attached"])
+    for line in lines[len(lines) - new :]:  # media of earlier turns are in the sum, but known
+        note(line)
+    check_length(model, budget)
+    result = generate(model, processor, inputs, options)
+    answer = {"role": "assistant", "content": result["answer"], "reasoning_content": result["reasoning"]}
+    chat |= {"messages": [*messages, answer], "attached": []}
+    stopped = "stopped; " if result["finish_reason"] == "interrupted" else ""
+    tokens = lines[0].removeprefix("tokens: ")
+    note(f"({stopped}prompt {tokens}; answer {result['generated_tokens']} tokens, {result['seconds']:.1f} s)", dim=True)
+
+
+def run_eval(options) -> int:
+    import platform
+    import time
+
+    import torch
+    import transformers
+
+    from modeling_omni import __version__
+    from modeling_omni.evaluation import heldout_table, markdown_table
+    from modeling_omni.inference import load
+    from modeling_omni.media import OmniInputError
+    from modeling_omni.nano_data import SKILLS
+
+    if options.out:  # before the work, not after it
+        try:
+            open(options.out, "a").close()
+        except OSError as error:
+            raise OmniInputError(f"--out {options.out}: cannot be written ({error.strerror})") from error
+    skills = [skill.strip() for skill in options.skills.split(",")] if options.skills else list(SKILLS)
+    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    started = time.monotonic()
+    table = heldout_table(
+        model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True
+    )
+    print(markdown_table(table), flush=True)
+    if options.out:
+        about = {name: getattr(options, name) for name in ("model", "suite", "samples", "seed", "think", "dtype")}
+        about |= {"seconds": round(time.monotonic() - started, 1), "device": str(model.device), "decoding": "greedy"}
+        about["versions"] = {
+            "modeling_omni": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+        with open(options.out, "w") as file:
+            json.dump(about | {"table": table}, file, indent=1)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; 2 and one line on stderr where the input is at fault, 130 after Ctrl-C."""
+    options = build_parser().parse_args(argv)
+    from transformers.utils import logging
+
+    from modeling_omni.media import OmniInputError
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty() or options.model == "nano":
+        logging.disable_progress_bar()
+    try:
+        return options.run(options)
+    except OmniInputError as error:
+        note(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, whose import would slow --help down
+            raise
+        note(f"error: out of device memory ({str(error).splitlines()[0]}); lower --max-media-tokens or --frames, or "
+             "give --prefill-chunk-size")  # fmt: skip
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
