@@ -199,6 +199,13 @@ def check_length(model, budget: dict) -> None:
         note(f"note: {total} prompt tokens are more than the {length} this model was made for; see --max-media-tokens")
 
 
+def load_model(options):
+    from modeling_omni.inference import load
+
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries greet on stdout, which is for answers
+        return load(options.model, options.dtype, options.device, options.attn)
+
+
 def media_options(options) -> dict:
     from modeling_omni.media import MediaLimits
 
@@ -219,7 +226,6 @@ def run_ask(options) -> int:
         budget_lines,
         default_thinking,
         encode,
-        load,
         media_budget,
         open_media,
         user_message,
@@ -229,7 +235,7 @@ def run_ask(options) -> int:
     messages = [user_message(options.question, [open_media(kind, source, **choices) for kind, source in options.media])]
     if options.system:
         messages.insert(0, {"role": "system", "content": options.system})
-    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    model, processor = load_model(options)
     thinking = default_thinking(model) if options.think is None else options.think
     inputs = encode(model, processor, messages, thinking, **prompt_options(options))
     budget = media_budget(processor, messages, inputs)
@@ -244,10 +250,10 @@ def run_ask(options) -> int:
 
 
 def run_chat(options) -> int:
-    from modeling_omni.inference import load, open_media
+    from modeling_omni.inference import open_media
     from modeling_omni.media import OmniInputError
 
-    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    model, processor = load_model(options)
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -325,7 +331,6 @@ def run_eval(options) -> int:
 
     from modeling_omni import __version__
     from modeling_omni.evaluation import heldout_table, markdown_table
-    from modeling_omni.inference import load
     from modeling_omni.media import OmniInputError
     from modeling_omni.nano_data import SKILLS
 
@@ -335,7 +340,7 @@ def run_eval(options) -> int:
         except OSError as error:
             raise OmniInputError(f"--out {options.out}: cannot be written ({error.strerror})") from error
     skills = [skill.strip() for skill in options.skills.split(",")] if options.skills else list(SKILLS)
-    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    model, processor = load_model(options)
     started = time.monotonic()
     table = heldout_table(
         model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True

@@ -40,4 +40,3 @@ __all__ = [
     "load_image",
     "load_video",
 ]
-

@@ -110,7 +110,9 @@ class OmniTextConfig(PreTrainedConfig):
         if names is not None:
             unknown = sorted(set(names) - set(_LAYER_LETTERS))
             if unknown:
-                raise ValueError(f"layers_block_type has unknown layer types {unknown}; known: {sorted(_LAYER_LETTERS)}")
+                raise ValueError(
+                    f"layers_block_type has unknown layer types {unknown}; known: {sorted(_LAYER_LETTERS)}"
+                )
             self.hybrid_override_pattern = "".join(_LAYER_LETTERS[name] for name in names)
         unknown = sorted(set(self.hybrid_override_pattern) - set(LAYER_TYPES))
         if unknown:
@@ -190,7 +192,9 @@ class OmniVisionConfig(PreTrainedConfig):
         name = args.get("model", "vit_huge_patch16_224")
         if self.hidden_size is None:
             if name not in _VIT_SIZES:
-                raise ValueError(f"vision_config.args.model is {name!r}; known: {sorted(_VIT_SIZES)}, or give hidden_size")
+                raise ValueError(
+                    f"vision_config.args.model is {name!r}; known: {sorted(_VIT_SIZES)}, or give hidden_size"
+                )
             self.hidden_size, self.num_hidden_layers, self.num_attention_heads = _VIT_SIZES[name]
         if self.intermediate_size is None:
             self.intermediate_size = int(self.hidden_size * kwargs.pop("mlp_ratio", 4))
@@ -205,7 +209,9 @@ class OmniVisionConfig(PreTrainedConfig):
         self.max_resolution = kwargs.pop("max_img_size", args.get("cpe_max_size", self.max_resolution))
         self.norm_mean, self.norm_std = list(self.norm_mean), list(self.norm_std)
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"vision hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+            raise ValueError(
+                f"vision hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
+            )
         super().__post_init__(**kwargs)
 
     @property
@@ -252,7 +258,9 @@ class OmniAudioConfig(PreTrainedConfig):
         if self.scale_input:
             raise ValueError("sound_config.scale_input is true; this family's encoder is trained without it")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"sound hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
+            raise ValueError(
+                f"sound hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads"
+            )
         if 2 ** round(math.log2(self.subsampling_factor)) != self.subsampling_factor:
             raise ValueError(f"sound_config.subsampling_factor must be a power of two, got {self.subsampling_factor}")
         super().__post_init__(**kwargs)
@@ -262,8 +270,7 @@ class OmniConfig(PreTrainedConfig):
     """Nemotron 3 Nano Omni (defaults are the released 30B-A3B values).
 
     Args:
-        llm_config, vision_config, sound_config (`dict` or config): the three parts. `sound_config=None` with
-            `has_audio=False` builds a model without audio.
+        llm_config, vision_config, sound_config (`dict` or config): the three parts.
         downsample_ratio (`float`): pixel shuffle, 0.5 = four patches into one token.
         projector_hidden_size (`int`): width inside the vision projector.
         video_pruning_rate (`float`): EVS rate the checkpoint was made with. Reported, never applied by itself: pass
@@ -316,6 +323,7 @@ class OmniConfig(PreTrainedConfig):
     sound_context_token_id: int = 27
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("model_type", None)  # the native class's string must not hide ours
         # names of the native class; `setattr` through attribute_map comes too late for the sub-configs
         for name, released in self.attribute_map.items():
             if name in kwargs:

@@ -50,7 +50,9 @@ class JsonlRows:
                 row = json.loads(file.readline())
                 messages = row["messages"]
             except (ValueError, KeyError, TypeError) as error:
-                raise OmniInputError(f"{self.path}, row {number + 1}: not a JSON object with 'messages' ({error})") from error
+                raise OmniInputError(
+                    f"{self.path}, row {number + 1}: not a JSON object with 'messages' ({error})"
+                ) from error
         for message in messages:
             if isinstance(message.get("content"), list):
                 for part in message["content"]:
@@ -93,7 +95,12 @@ class Blend(Dataset):
 def encode_row(row: dict, processor) -> dict[str, torch.Tensor]:
     """One row -> model inputs with labels, each [1, ...] as the processor returns them (no padding)."""
     return processor.apply_chat_template(
-        row["messages"], tools=row.get("tools"), tokenize=True, return_dict=True, return_labels=True, return_tensors="pt"
+        row["messages"],
+        tools=row.get("tools"),
+        tokenize=True,
+        return_dict=True,
+        return_labels=True,
+        return_tensors="pt",
     )
 
 

@@ -113,9 +113,7 @@ def ssd_scan(
     xdt_BHSP = (x_BSHP.float() * dt_BSH[..., None]).transpose(1, 2)
     B_BGSN, C_BGSN = B_BSGN.float().transpose(1, 2), C_BSGN.float().transpose(1, 2)
     # `split` and not slices: the gradient of a slice is a zero-filled tensor of the whole length for every chunk
-    parts = zip(
-        xdt_BHSP.split(chunk, 2), decay_log_BHS.split(chunk, 2), B_BGSN.split(chunk, 2), C_BGSN.split(chunk, 2)
-    )
+    parts = zip(xdt_BHSP.split(chunk, 2), decay_log_BHS.split(chunk, 2), B_BGSN.split(chunk, 2), C_BGSN.split(chunk, 2))
     documents = seq_idx.split(chunk, 1) if seq_idx is not None else None
     last_document = None
     outputs = []
@@ -464,7 +462,7 @@ class OmniLanguageModel(nn.Module):
 
 @torch.no_grad()
 def init_language_weights(module: nn.Module, config: OmniTextConfig) -> None:
-    """Starting values of any module of this file; parameters that were loaded are left alone by `transformers.initialization`."""
+    """Starting values of any module of this file (`transformers.initialization` leaves loaded parameters alone)."""
     from transformers import initialization as init
 
     std = config.initializer_range

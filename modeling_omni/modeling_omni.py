@@ -115,6 +115,8 @@ class OmniPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # Mamba's state cannot be rolled back: assisted decoding is refused with transformers' error
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "norm_mean", "norm_std"]
     _keys_to_ignore_on_load_unexpected = IGNORED_ON_LOAD
+    # the native class does not save these; `_init_weights` gives them their one right value
+    _keys_to_ignore_on_load_missing = [r"input_conditioner\.norm_(mean|std)$", r"featurizer\.(fb|window)$"]
 
     def __init__(self, config: OmniConfig):
         super().__init__(config)
@@ -127,6 +129,12 @@ class OmniPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """transformers' `from_pretrained`; the name "nano" means the checkpoint shipped in this package."""
         return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path), *args, **kwargs)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers skips modules without parameters of their own in custom code, in case their `_init_weights`
+        # overwrites what was loaded; ours never does (`transformers.initialization`), and towers are such modules
+        return False
 
     def _init_weights(self, module):
         # parents come after their children: each tower overrides the language model's values for the parts they share
@@ -250,7 +258,8 @@ class OmniModel(OmniPreTrainedModel):
                 return None
             if pixel_values is not None and pixel_values_videos is not None:
                 raise OmniInputError(
-                    "images and videos share one placeholder id: pass the processor's mm_token_type_ids to tell them apart"
+                    "images and videos share one placeholder id: pass the processor's mm_token_type_ids to tell which "
+                    "is which"
                 )
             types = torch.zeros_like(input_ids)
             types[input_ids == self.config.img_context_token_id] = IMAGE if pixel_values is not None else VIDEO
@@ -265,8 +274,8 @@ class OmniModel(OmniPreTrainedModel):
         starts = ((types == VIDEO) & (F.pad(types[:, :-1], (1, 0)) != VIDEO)).nonzero().tolist()
         if len(starts) != len(kept):
             raise OmniInputError(
-                f"with EVS (video_keep_tokens) each video has one run of placeholders, in its first tubelet; the prompt "
-                f"has {len(starts)} runs for {len(kept)} video(s). Build prompts with OmniProcessor(video_pruning_rate=...)"
+                f"with EVS (video_keep_tokens) each video has one run of placeholders, in its first tubelet, but the "
+                f"prompt has {len(starts)} runs for {len(kept)} video(s); give the processor video_pruning_rate as well"
             )
         order = torch.arange(ids.shape[1]).repeat(ids.shape[0], 1)
         merge = self.config.merge_size**2
@@ -343,7 +352,8 @@ class OmniModel(OmniPreTrainedModel):
             )
         if use_cache is None:
             use_cache = past_key_values is not None or (config.llm_config.use_cache and not self.training)
-        if seq_idx is not None:
+        recomputed = self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing
+        if seq_idx is not None or (recomputed and past_key_values is None):  # running a layer again would add twice
             use_cache = False
         options = {"use_cache": use_cache, "position_ids": position_ids, "seq_idx": seq_idx}
         options |= {"output_hidden_states": bool(output_hidden_states)} | kwargs
@@ -351,7 +361,8 @@ class OmniModel(OmniPreTrainedModel):
         if prefill_chunk_size is None or length <= prefill_chunk_size:
             output = self.language_model(inputs_embeds, attention_mask, past_key_values, **options)
         else:
-            output = self._prefill_in_chunks(inputs_embeds, attention_mask, past_key_values, prefill_chunk_size, options)
+            chunk = prefill_chunk_size
+            output = self._prefill_in_chunks(inputs_embeds, attention_mask, past_key_values, chunk, options)
         return output if return_dict in (None, True) else output.to_tuple()
 
     def _prefill_in_chunks(self, inputs_embeds, attention_mask, past_key_values, chunk, options):

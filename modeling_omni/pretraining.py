@@ -121,7 +121,9 @@ class AudioBatches(Dataset):
             audio, words, spans = spoken_utterance(rng, self.split)
             label = torch.zeros(len(audio) // 1280 + 1, dtype=torch.long)  # 80 ms tokens
             for word, (start, stop) in zip(words, spans):
-                label[round(start / 1280) : max(round(stop / 1280), round(start / 1280) + 1)] = 1 + SPOKEN_WORDS.index(word)
+                label[round(start / 1280) : max(round(stop / 1280), round(start / 1280) + 1)] = 1 + SPOKEN_WORDS.index(
+                    word
+                )
             audios.append(audio)
             labels.append(label)
         features = self.features(audios, sampling_rate=16000)
@@ -167,7 +169,9 @@ class LabelledTower(nn.Module):
         for prefix, is_video in (("", False), ("video_", True)):
             if prefix + "pixels" in batch:
                 hidden = self.tower(batch[prefix + "pixels"], batch[prefix + "grids"], is_video=is_video)
-                logits = self.head(self.norm(hidden)).unflatten(-1, (self.cells, -1)).flatten(0, 1).split(self.sizes, -1)
+                logits = (
+                    self.head(self.norm(hidden)).unflatten(-1, (self.cells, -1)).flatten(0, 1).split(self.sizes, -1)
+                )
                 labels = batch[prefix + "labels"].flatten(0, 1).T
                 for name, channel, label in zip(("thing", "colour", "motion"), logits, labels):
                     pairs.append((prefix + name, channel, label))

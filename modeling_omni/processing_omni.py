@@ -377,9 +377,7 @@ class OmniProcessor(ProcessorMixin):
 
     def _audio_tokens(self, waveform) -> int:
         extractor = self.feature_extractor
-        return num_audio_tokens(
-            len(waveform), extractor.clip_samples, extractor.min_clip_samples, extractor.hop_length
-        )
+        return num_audio_tokens(len(waveform), extractor.clip_samples, extractor.min_clip_samples, extractor.hop_length)
 
     # ---------------------------------------------------------------------------------------------- expansion
 

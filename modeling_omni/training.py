@@ -38,23 +38,33 @@ class SFTArguments:
 
     output_dir: str = field(metadata={"help": "folder for checkpoints, logs and the final model"})
     model: str | None = field(default=None, metadata={"help": "checkpoint to start from: a folder, hub id or 'nano'"})
-    model_config: str | None = field(default=None, metadata={"help": "YAML of an OmniConfig: start from random weights"})
+    model_config: str | None = field(
+        default=None, metadata={"help": "YAML of an OmniConfig: start from random weights"}
+    )
     processor: str | None = field(default=None, metadata={"help": "processor to use; that of `model` if not given"})
     data: list[dict] = field(default_factory=list, metadata={"help": "sources: {path, weight, limit}"})
-    train: list[str] = field(default_factory=lambda: list(GROUPS), metadata={"help": f"groups to train: {list(GROUPS)}"})
-    towers: dict[str, str] = field(default_factory=dict, metadata={"help": "group -> safetensors file of a pre-trained tower"})
+    train: list[str] = field(
+        default_factory=lambda: list(GROUPS), metadata={"help": f"groups to train: {list(GROUPS)}"}
+    )
+    towers: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "group -> safetensors file of a pre-trained tower"}
+    )
     steps: int = field(default=1000, metadata={"help": "optimizer steps"})
     rows_per_step: int = field(default=64, metadata={"help": "rows (samples) per optimizer step on each process"})
     row_tokens: int = field(default=256, metadata={"help": "tokens of one packed row"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
-    group_learning_rates: dict[str, float] = field(default_factory=dict, metadata={"help": "peak rate of single groups"})
+    group_learning_rates: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "peak rate of single groups"}
+    )
     min_learning_rate: float = field(default=0.0, metadata={"help": "rate at the end of the cosine, for the peak rate"})
     warmup_fraction: float = field(default=0.05, metadata={"help": "share of steps of linear warm-up"})
     weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
     seed: int = field(default=0, metadata={"help": "seed of data order and starting weights"})
     save_every: int = field(default=500, metadata={"help": "steps between checkpoints; the newest two are kept"})
-    eval_every: int = field(default=0, metadata={"help": "steps between held-out tests of the nano skills in data; 0: end only"})
+    eval_every: int = field(
+        default=0, metadata={"help": "steps between held-out tests of the nano skills in data; 0: end only"}
+    )
     eval_samples: int = field(default=40, metadata={"help": "held-out samples per skill"})
     workers: int = field(default=1, metadata={"help": "data loader processes"})
     log_every: int = field(default=20, metadata={"help": "steps between log lines"})
@@ -85,7 +95,9 @@ def load_arguments(cls, argv: list[str] | None = None):
 
 def group_of(name: str) -> str:
     """The group of a parameter by its name."""
-    fitting = [(len(prefix), group) for group, prefixes in GROUPS.items() for prefix in prefixes if name.startswith(prefix)]
+    fitting = [
+        (len(prefix), group) for group, prefixes in GROUPS.items() for prefix in prefixes if name.startswith(prefix)
+    ]
     return max(fitting)[1]
 
 
@@ -102,7 +114,12 @@ def parameter_groups(model, args: SFTArguments) -> list[dict]:
             decay = args.weight_decay if parameter.dim() > 1 and not name.endswith(("pos_embed", "token")) else 0.0
             groups.setdefault((group, decay), []).append(parameter)
     return [
-        {"params": params, "weight_decay": decay, "lr": args.group_learning_rates.get(group, args.learning_rate), "name": group}
+        {
+            "params": params,
+            "weight_decay": decay,
+            "lr": args.group_learning_rates.get(group, args.learning_rate),
+            "name": group,
+        }
         for (group, decay), params in groups.items()
     ]
 
@@ -114,7 +131,9 @@ def parameter_table(model) -> str:
         counts[group_of(name)][not parameter.requires_grad] += parameter.numel()
     lines = [f"{'group':18}{'trained':>14}{'frozen':>14}"]
     lines += [f"{group:18}{trained:14,}{frozen:14,}" for group, (trained, frozen) in counts.items()]
-    return "\n".join(lines + [f"{'all':18}{sum(c[0] for c in counts.values()):14,}{sum(c[1] for c in counts.values()):14,}"])
+    return "\n".join(
+        lines + [f"{'all':18}{sum(c[0] for c in counts.values()):14,}{sum(c[1] for c in counts.values()):14,}"]
+    )
 
 
 def cosine_factor(step: int, steps: int, warmup_fraction: float, floor: float) -> float:

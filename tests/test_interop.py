@@ -24,7 +24,6 @@ from tiny_model import (
     IMAGE_ID,
     IMG,
     LLM,
-    PATCH_DIM,
     SOUND,
     VIDEO,
     VISION,
@@ -32,7 +31,6 @@ from tiny_model import (
     make_sample,
     prompt_of,
     randomize,
-    tiny_config,
     tiny_model,
 )
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
@@ -292,9 +290,13 @@ def test_auto_classes_without_remote_code(our_folder, tmp_path):
 
 
 def test_streaming_load_stays_near_the_models_size(tmp_path):
-    """Peak memory of loading 280 MB in shards, in a fresh process."""
+    """Peak memory of loading 270 MB in shards, in a fresh process.
+
+    Counted is anonymous memory, what the kernel cannot take back. The shards are mapped, not read: their pages count in
+    the resident size too until the load ends (up to the model's size once more), but they are page cache.
+    """
     code = f"""
-import ctypes, gc, sys, torch
+import ctypes, gc, sys, threading, torch
 sys.path.insert(0, {str(TESTS)!r})
 from tiny_model import LLM, tiny_config
 from modeling_omni import OmniForConditionalGeneration
@@ -304,7 +306,8 @@ def memory(key):
         return next(int(line.split()[1]) for line in status if line.startswith(key)) * 1024
 
 torch.set_num_threads(1)
-large = {{"hybrid_override_pattern": "ME*EMEME", "hidden_size": 512, "n_routed_experts": 32, "moe_intermediate_size": 1024}}
+large = {{"hybrid_override_pattern": "ME*EMEME", "hidden_size": 512}}
+large |= {{"n_routed_experts": 32, "moe_intermediate_size": 1024}}
 config = tiny_config(llm_config=LLM | large)
 with torch.device("meta"):
     model = OmniForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
@@ -316,20 +319,27 @@ model.save_pretrained({str(tmp_path)!r}, max_shard_size="40MB")
 del model, tensor
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = memory("VmRSS")
+before = peak = memory("RssAnon")
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, memory("RssAnon"))
+
+watcher = threading.Thread(target=watch)
+watcher.start()
 model = OmniForConditionalGeneration.from_pretrained({str(tmp_path)!r}, dtype=torch.bfloat16)
-assert all((t == 1).all() for t in model.state_dict().values())
-print(size, memory("VmHWM") - before)
+done.set()
+watcher.join()
+assert all(t.flatten()[-1] == 1 for t in model.state_dict().values())
+print(size, peak - before)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS.parent, timeout=300
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS.parent, timeout=300)
     assert result.returncode == 0, result.stderr
-    size, peak = map(int, result.stdout.split())
+    size, peak = map(int, result.stdout.split()[-2:])
     assert len(list(tmp_path.glob("*.safetensors"))) > 5
-    assert size > 270e6 and peak < 1.4 * size, (size, peak)
+    assert size > 270e6 and 0.5 * size < peak < 1.4 * size, (size, peak)
 
 
 @torch.no_grad()
@@ -341,8 +351,9 @@ def test_device_map(our_folder, tmp_path):
     # a part of the blocks on disk: accelerate's hooks run on every block of every tower, caches pass them untouched
     folder = tmp_path / "shards"
     auto.save_pretrained(folder, max_shard_size="150KB")
+    room = int(0.8 * sum(t.numel() * t.element_size() for t in auto.state_dict().values()))
     split = OmniForConditionalGeneration.from_pretrained(
-        folder, device_map="auto", max_memory={"cpu": 260_000}, offload_folder=tmp_path / "offload"
+        folder, device_map="auto", max_memory={"cpu": room}, offload_folder=tmp_path / "offload"
     )
     assert "disk" in split.hf_device_map.values() and "cpu" in split.hf_device_map.values()
     whole = ("OmniBlock", "VisionBlock", "ConformerBlock", "PatchGenerator")
@@ -442,7 +453,6 @@ def test_pipelines(processor, speaking_model, picture, tmp_path):
     see = [{"role": "user", "content": [{"type": "image", "image": picture}, question]}]
     listen = [{"role": "user", "content": [{"type": "audio", "path": str(tmp_path / "tone.wav")}, question]}]
     both = [{"role": "user", "content": [*see[0]["content"][:1], *listen[0]["content"]]}]
-    options = {"max_new_tokens": 4, "return_full_text": False, "generate_kwargs": {"do_sample": False}}
     for task, chats in (("image-text-to-text", [see]), ("any-to-any", [see, listen, both])):
         pipe = pipeline(task, model=str(tmp_path / "model"), dtype=torch.float32, device="cpu")
         assert type(pipe.model) is OmniForConditionalGeneration and type(pipe.processor) is OmniProcessor
@@ -452,7 +462,8 @@ def test_pipelines(processor, speaking_model, picture, tmp_path):
             )
             tokens = pipe.model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
             expected = processor.post_process_image_text_to_text(tokens)[0]
-            (answer,) = pipe(text=chat, **options)
+            options = {"max_new_tokens": 4, "do_sample": False}
+            (answer,) = pipe(text=chat, return_full_text=False, generate_kwargs=options)
             assert answer["generated_text"] == expected
 
 
@@ -496,7 +507,7 @@ def test_stock_sft_trainer(processor, speaking_model, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows = [{"prompt": "one plus two is", "completion": " three"}, {"prompt": "the sky is", "completion": " blue again"}]
+    rows = [{"prompt": "one plus two is", "completion": " three"}, {"prompt": "the sky is", "completion": " blue"}]
     trainer = SFTTrainer(
         copy.deepcopy(speaking_model),
         args=SFTConfig(str(tmp_path), max_length=64, **ARGUMENTS),

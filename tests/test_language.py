@@ -99,7 +99,7 @@ def test_dt_clamp_follows_the_config_where_native_does_not():
         clamped = model(model.embeddings(ids)).last_hidden_state
     torch.testing.assert_close(torch.cat(one_by_one, 1), ours, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(clamped, prefill, atol=1e-4, rtol=1e-4)
-    assert (ours - prefill).abs().max() > 1e-3
+    assert (ours - prefill).abs().max() > 1e-4  # ten times what the two tests above allow
 
 
 def recurrence(x, dt, A, B, C, state, documents):

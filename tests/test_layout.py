@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_omni.configuration_omni import OmniConfig

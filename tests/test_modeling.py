@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny_model import (
     AUDIO,
     IMAGE,
@@ -22,7 +23,7 @@ from tiny_model import (
 from modeling_omni.feature_extraction_omni import num_audio_tokens
 from modeling_omni.media import OmniInputError
 from modeling_omni.modeling_audio import plan_passes
-from modeling_omni.modeling_omni import chunked_cross_entropy, evs_keep_indices
+from modeling_omni.modeling_omni import OmniForConditionalGeneration, chunked_cross_entropy, evs_keep_indices
 
 ROWS = [
     [5, ("image", 2, 4), 3, ("image", 4, 4), 2],
@@ -305,8 +306,8 @@ def test_evs_on_a_prompt_laid_out_without_it_raises(model):
         model(**plain, video_keep_tokens=counts)
     batch = make_batch([[3, ("video", 4, 2, 6), 2]], prune=0.5)
     cut = int((batch["mm_token_type_ids"][0] == VIDEO).nonzero()[-1]) + 2  # the text of tubelets 2 to 4 is cut away
-    short = {n: v[:, :cut] if n in ("input_ids", "attention_mask", "mm_token_type_ids") else v for n, v in batch.items()}
-    del short["labels"]
+    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+    short = prompt_of(batch) | {name: batch[name][:, :cut] for name in per_token}
     with pytest.raises(OmniInputError, match="4 tubelets with EVS needs 3 empty <img></img>.*has 0"):
         model(**short)
 
@@ -406,6 +407,40 @@ def test_static_cache(pattern):
     assert torch.equal(static, expected)
 
 
+# --- start values
+
+
+def test_each_part_starts_from_its_own_values(tmp_path):
+    config = tiny_model().config
+    config.llm_config.initializer_range, config.vision_config.initializer_range = 0.05, 0.01
+    torch.manual_seed(0)
+    model = OmniForConditionalGeneration(config)
+
+    def check(model):
+        inner = model.model
+        assert 0.045 < inner.language_model.layers[2].mixer.q_proj.weight.std() < 0.055
+        assert 0.045 < inner.vision_projector.linear1.weight.std() < 0.055
+        assert 0.008 < inner.vision_tower.blocks[1].attn.qkv.weight.std() < 0.010  # normal, cut at two deviations
+        block = inner.audio_tower.layers[1]
+        assert 0.8 < block.feed_forward1.linear1.weight.std() * 32**0.5 < 1.2  # fan-in scaling
+        assert inner.audio_tower.feature_extractor.featurizer.fb.std() > 0
+        assert all(t.isfinite().all() for t in model.state_dict().values())
+
+    check(model)
+    # what a file lacks gets start values, what it has is kept
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not n.startswith(("sound_encoder", "vision_model"))}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
+    again, info = OmniForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.split(".")[1] for name in info["missing_keys"]} == {"audio_tower", "vision_tower"}
+    check(again)
+    for name, tensor in again.state_dict().items():
+        if "_tower." not in name:
+            assert torch.equal(tensor, model.state_dict()[name]), name
+
+
 # --- training
 
 
@@ -431,6 +466,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     assert set(actual) == set(expected)
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert model(**batch, use_cache=True).past_key_values is None  # a layer that runs again would fill the cache twice
 
 
 @torch.no_grad()

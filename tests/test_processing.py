@@ -589,9 +589,7 @@ def test_released_template_stays_reachable(released_folder):
 
 
 def test_save_and_load(tmp_path, released_folder):
-    processor = OmniProcessor.from_pretrained(
-        released_folder, audio_in_video="interleave", video_pruning_rate=0.5
-    )
+    processor = OmniProcessor.from_pretrained(released_folder, audio_in_video="interleave", video_pruning_rate=0.5)
     processor.video_processor.video_target_num_patches = 256
     processor.feature_extractor.min_clip_seconds = 0.2
     processor.chat_template = processor.chat_template.replace("# Tools", "# Functions")

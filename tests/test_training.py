@@ -144,7 +144,9 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_yaml, tmp_path):
 
 
 def test_only_the_named_groups_change(tiny_yaml, tmp_path):
-    train_sft(stage(tiny_yaml, tmp_path, train=["vision_projector", "head"], steps=3, data=[{"path": "nano:image_shape"}]))
+    train_sft(
+        stage(tiny_yaml, tmp_path, train=["vision_projector", "head"], steps=3, data=[{"path": "nano:image_shape"}])
+    )
     before = OmniForConditionalGeneration.from_pretrained(tmp_path / "step-3").state_dict()
     torch.manual_seed(0)
     start = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(tiny_yaml.read_text()))).state_dict()

@@ -25,6 +25,7 @@ LLM = {
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
     "moe_shared_expert_intermediate_size": 40,
+    "routed_scaling_factor": 2.5,
     "max_position_embeddings": 4096,
     "eos_token_id": None,
 }
@@ -79,7 +80,7 @@ def randomize(model, seed=0):
         elif name.endswith("running_var"):
             tensor.copy_(1 + 0.3 * noise.tanh())
         elif tensor.dim() > 1:
-            position = "pos_embed" in name or "position_embedding" in name or "cls" in name or "embeddings.weight" in name
+            position = any(part in name for part in ("pos_embed", "position_embedding", "cls", "embeddings.weight"))
             fan_in = tensor[0].numel() if tensor.dim() != 3 or "experts" not in name else tensor.shape[-1]
             tensor.copy_(noise * (0.5 if position else fan_in**-0.5))
         else:

@@ -69,6 +69,7 @@ _SKILLS = {
     "text_read": partial(_from_text, text.read),
     "text_speech": partial(_from_text, text.speech),
     **{f"text_{kind}": partial(_from_text, partial(text.scene, kind)) for kind in SHAPE_KINDS},
+    "text_recall": partial(_from_text, text.recall),
     "text_motion": partial(_from_text, text.motion),
     "text_heard_motion": partial(_from_text, text.heard_motion),
     "text_heard_picture": partial(_from_text, text.heard_picture),

@@ -7,7 +7,7 @@ from an image of the same scene, so these come first (README, "How nano is train
 import random
 
 from . import scenes
-from .vocabulary import COMMAND_WORDS, DIGIT_WORDS, PRINTED_WORDS, SPOKEN_WORDS, in_split
+from .vocabulary import COMMAND_WORDS, DIGIT_WORDS, PLACES, PRINTED_WORDS, SPOKEN_WORDS, in_split
 
 LETTERS_UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTERS_LOWER = LETTERS_UPPER.lower()
@@ -94,6 +94,25 @@ def scene(kind: str, rng: random.Random, split: str) -> Exchange:
     else:
         fact = ", ".join(shown)
     return f"{fact}.\n{scenes.vary(question, rng)}", answer, scenes.describe(things)
+
+
+def recall(rng: random.Random, split: str) -> Exchange:
+    """Several look-ups at once, half of them with the key said again before its value.
+
+    One answer per scene teaches a model to name anything that was mentioned; many answers teach it to look.
+    """
+    things = split_scene(lambda: scenes.random_things(rng, rng.randint(2, 6)), split)
+    views = {"colour": lambda t: t.colour, "shape": lambda t: t.shape, "place": lambda t: PLACES[t.place]}
+    value, key = rng.sample(list(views), 2)
+    asked = rng.sample(things, len(things))
+    keys = ", ".join(views[key](thing) for thing in asked)
+    question = {"colour": "What colour is the", "shape": "What shape is the", "place": "Where is the"}[value]
+    fact = ", ".join(thing.sentence() for thing in rng.sample(things, len(things)))
+    answers = [views[value](thing) for thing in asked]
+    if rng.random() < 0.5:
+        answers = [f"{views[key](thing)} {answer}" for thing, answer in zip(asked, answers, strict=True)]
+        question = "List. " + question
+    return f"{fact}.\n{question} {keys}?", ", ".join(answers), scenes.describe(things)
 
 
 def motion(rng: random.Random, split: str) -> Exchange:
