@@ -1,8 +1,8 @@
 """Pre-training of nano's towers on dense labels.
 
-The paper takes C-RADIO and Parakeet pre-trained. Nano's towers start from random weights and learn first to say, patch
-by patch, what is drawn in each of its 4x4 cells (thing, colour, motion) and, token by token, which word is spoken. The label heads are thrown
-away; the tower goes into the first SFT stage (`towers:` of its YAML file).
+The paper takes C-RADIO and Parakeet pre-trained. Nano's towers start from random weights and learn first to say what
+is drawn in each 4x4 cell of a patch (thing, colour, motion) and which word is spoken in each token. The label heads are
+thrown away; the tower goes into the first SFT stage (`towers:` of its YAML file).
 """
 
 import dataclasses

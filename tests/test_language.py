@@ -1,4 +1,4 @@
-"""The language model against transformers' native NemotronH, an fp64 recurrence and itself (cache, padding, packing)."""
+"""The language model against transformers' NemotronH, a float64 recurrence and itself (cache, padding, packing)."""
 
 import pytest
 import torch
