@@ -254,6 +254,7 @@ def run_chat(options) -> int:
     from modeling_omni.media import OmniInputError
 
     model, processor = load_model(options)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):

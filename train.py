@@ -1,4 +1,4 @@
-"""Training: `accelerate launch train.py <command> --config configs/<scale>/<stage>.yaml [--key value ...]`.
+"""Training: `python train.py <command> --config configs/<scale>/<stage>.yaml [--key value ...]`.
 
 Commands:
     sft     one supervised stage (paper 3.1)

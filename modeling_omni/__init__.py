@@ -4,7 +4,13 @@ Importing the package registers the classes with transformers' Auto classes for 
 `AutoConfig`, `AutoModelForMultimodalLM` and `AutoProcessor` read the released folder without remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 from .configuration_omni import MODEL_TYPE, OmniAudioConfig, OmniConfig, OmniTextConfig, OmniVisionConfig
 from .feature_extraction_omni import OmniFeatureExtractor
@@ -18,6 +24,7 @@ __version__ = "0.1.0"
 
 AutoConfig.register(MODEL_TYPE, OmniConfig, exist_ok=True)
 AutoModel.register(OmniConfig, OmniModel, exist_ok=True)
+AutoModelForCausalLM.register(OmniConfig, OmniForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(OmniConfig, OmniForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(OmniConfig, OmniForConditionalGeneration, exist_ok=True)
 register_auto_processors()

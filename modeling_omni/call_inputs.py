@@ -4,6 +4,7 @@ One list over a batch or one list per sample, single items, arrays with their me
 keyword arguments: all of it is brought into one form here.
 """
 
+import os
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -128,12 +129,14 @@ def with_metadata(videos: list, metadata) -> list:
     clips = []
     for video, entry in zip(videos, flat, strict=True):
         entry = entry if isinstance(entry, dict) or entry is None else vars(entry)
-        clip = load_video(video)
         if entry is not None:
+            if isinstance(video, (str, bytes, os.PathLike)):
+                raise OmniInputError("video_metadata is for videos given as frames; a file brings its own")
+            clip = load_video(video)
             indices = entry.get("frames_indices")
             if indices is not None and len(indices) != len(clip.frames):
                 raise OmniInputError(f"video_metadata names {len(indices)} frames but the video has {len(clip.frames)}")
             indices = list(range(len(clip.frames))) if indices is None else [int(index) for index in indices]
-            clip = VideoClip(clip.frames, indices, entry.get("fps"), entry.get("duration"), clip.audio)
-        clips.append(clip)
+            video = VideoClip(clip.frames, indices, entry.get("fps"), entry.get("duration"), clip.audio)
+        clips.append(video)
     return clips

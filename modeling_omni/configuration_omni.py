@@ -331,6 +331,8 @@ class OmniConfig(PreTrainedConfig):
         if isinstance(self.vision_config, dict):
             self.vision_config = {"video_temporal_patch_size": self.video_temporal_patch_size} | self.vision_config
         super().__post_init__(**kwargs)
+        if self.tie_word_embeddings or self.llm_config.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings is true; this family has a head of its own")
         if self.ps_version != "v2":
             raise ValueError(f"ps_version {self.ps_version!r} is not supported, only 'v2' (pixel shuffle in row order)")
         if self.audio_in_video not in ("after", "interleave"):

@@ -2,7 +2,7 @@
 
 A source is a JSONL file of `{"messages": [...]}` rows or `nano:<skill>`, a task of `nano_data` made on the fly. Which
 row stands at which place is a function of (seed, place) alone, so training resumes at the exact row without reading
-what went before, and every rank or worker can work out its own share.
+what went before, and every worker can work out its own share.
 """
 
 import json
@@ -54,10 +54,12 @@ class JsonlRows:
                     f"{self.path}, row {number + 1}: not a JSON object with 'messages' ({error})"
                 ) from error
         for message in messages:
-            if isinstance(message.get("content"), list):
-                for part in message["content"]:
-                    if "path" in part:  # relative to the file's folder
-                        part["path"] = str(self.path.parent / part["path"])
+            content = message.get("content") if isinstance(message, dict) else None
+            for part in content if isinstance(content, list) else ():
+                for key in ("path", part.get("type")):  # {"path": ...} or {"image": ...}, relative to the file's folder
+                    source = part.get(key)
+                    if isinstance(source, str) and key != "text" and "://" not in source and source[:5] != "data:":
+                        part[key] = str(self.path.parent / source)
         return row
 
 

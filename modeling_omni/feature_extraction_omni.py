@@ -119,13 +119,17 @@ class OmniFeatureExtractor(SequenceFeatureExtractor):
     def min_clip_samples(self) -> int:
         return round(self.min_clip_seconds * self.sampling_rate)
 
-    def __call__(self, audios, sampling_rate: int | None = None, return_tensors: str | None = "pt") -> BatchFeature:
+    def __call__(
+        self, raw_speech, sampling_rate: int | None = None, return_tensors: str | None = "pt", **kwargs
+    ) -> BatchFeature:
         """Log-mel clips of one or several audio items.
 
         Args:
-            audios: one array or a list of arrays, floating mono waveforms [L] (numpy or torch), nominally in [-1, 1].
+            raw_speech: one array or a list of arrays, floating mono waveforms [L] (numpy or torch), nominally in
+                [-1, 1].
             sampling_rate (`int`, *optional*): Hz of the waveforms; checked against the extractor's when given.
             return_tensors (`str`, *optional*): type of the tensors, as everywhere in transformers.
+            kwargs: `padding` and the like, which transformers' extractors take; clips are always padded to the longest.
 
         Returns:
             `input_features` float32 [N, T, M], zero where not valid; `input_features_mask` bool [N, T], T being the
@@ -140,7 +144,9 @@ class OmniFeatureExtractor(SequenceFeatureExtractor):
                 f"audio is sampled at {sampling_rate} Hz but the model hears {self.sampling_rate} Hz; resample it "
                 "first (load_audio does)"
             )
-        audios = [audios] if isinstance(audios, (np.ndarray, torch.Tensor)) else list(audios)
+        audios = [raw_speech] if isinstance(raw_speech, (np.ndarray, torch.Tensor)) else list(raw_speech)
+        if audios and isinstance(audios[0], float):
+            audios = [np.asarray(audios, np.float32)]
         if not audios:
             raise OmniInputError("no audio was given: pass an array or a list of arrays")
 

@@ -41,7 +41,8 @@ class VideoClip:
 
     frames uint8 [T, H, W, 3]; frame_indices: index of every kept frame in the source (None when the source has no known
     rate), counted on the grid of the average rate, so that index / fps is its time; fps: source rate; duration: seconds
-    of the chosen window; audio: float32 [L] at 16 kHz of the same window, or None.
+    of the chosen window; audio: float32 [L] at 16 kHz of the same window, or None; start: second of the source at which
+    the window begins.
     """
 
     frames: np.ndarray
@@ -49,6 +50,7 @@ class VideoClip:
     fps: float | None
     duration: float | None
     audio: np.ndarray | None = None
+    start: float = 0.0
 
     @property
     def timestamps(self) -> list[float] | None:
@@ -151,7 +153,7 @@ def load_video(
         frames = _read_frames(file, index, positions, name, limits, deadline)
         sound = None if audio == "off" else _video_sound(file, index, begin, stop, end, audio, name, limits, deadline)
     indices = [round(float(index.times[p]) * index.fps) for p in positions]
-    return VideoClip(frames, indices, index.fps, stop - begin, sound)
+    return VideoClip(frames, indices, index.fps, stop - begin, sound, begin)
 
 
 @dataclass

@@ -416,6 +416,10 @@ class OmniLanguageModel(nn.Module):
             past_key_values = DynamicCache(config=self.config)
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("packed rows (seq_idx) cannot be combined with a cache: pass use_cache=False")
+        if seq_idx is not None and "flash" in (self.config._attn_implementation or ""):
+            raise ValueError(
+                "packed rows (seq_idx) need attn_implementation 'sdpa' or 'eager'; flash would mix documents"
+            )
         hidden, length = inputs_embeds, inputs_embeds.shape[1]
         causal_mask = None
         if isinstance(attention_mask, dict):  # prepared by `generate` for a static cache

@@ -20,6 +20,7 @@ from .media import OmniInputError
 from .modeling_audio import OmniAudioModel, init_audio_weights
 from .modeling_language import OmniLanguageModel, OmniRMSNorm, init_language_weights, relu2
 from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
+from .video_processing_omni import kept_tokens
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3  # values of mm_token_type_ids; 0 is text
 MODALITY_NAMES = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
@@ -70,6 +71,41 @@ def evs_keep_indices(tokens_TRD: torch.Tensor, keep: int) -> torch.Tensor:
     dissimilarity = torch.full((tubelets, places), 255.0, device=tokens.device)
     dissimilarity[1:] = 1 - F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1)
     return dissimilarity.flatten().argsort(descending=True, stable=True)[:keep].sort().values
+
+
+def reserve_kept_tokens(inputs: dict[str, torch.Tensor], rate: float, merge_size: int) -> dict[str, torch.Tensor]:
+    """A full-length batch -> the same batch laid out for EVS, as the processor does with `video_pruning_rate`.
+
+    Of every video the placeholders of all tubelets but the first are cut, and those of the first become the K that
+    stay. Ids, masks, token types and labels are shortened alike and padded on the left again.
+
+    Args:
+        inputs: `input_ids`, `attention_mask`, `mm_token_type_ids` [B, S] and, if there, `labels`; `video_grid_thw`.
+        rate: share of video tokens to drop, in [0, 1).
+    """
+    grids = inputs["video_grid_thw"].cpu()
+    video_tokens = (grids[:, 1] * grids[:, 2] // merge_size**2).tolist()
+    keep = [kept_tokens(int(t), places, rate) for t, places in zip(grids[:, 0], video_tokens)]
+    types = inputs["mm_token_type_ids"].cpu()
+    check_places(types == VIDEO, (grids[:, 0] * torch.tensor(video_tokens)).tolist(), "video")
+    orders, video = [], 0
+    for row, mask in zip(types, inputs["attention_mask"].cpu().bool()):
+        order, rest = [], mask.nonzero().flatten()
+        places = rest[row[rest] == VIDEO]
+        while len(places):
+            full = int(grids[video, 0]) * video_tokens[video]
+            own, places = places[:full], places[full:]
+            order += [rest[rest < own[0]], own[: keep[video]]]
+            rest = rest[(rest > own[-1]) | ((rest > own[0]) & (row[rest] != VIDEO))]
+            video += 1
+        orders.append(torch.cat([*order, rest]))
+    length = max(map(len, orders))
+    output = dict(inputs) | {"video_keep_tokens": torch.tensor(keep, device=inputs["input_ids"].device)}
+    for name, fill in (("input_ids", 0), ("attention_mask", 0), ("mm_token_type_ids", 0), ("labels", -100)):
+        if name in inputs:
+            rows = [row[order.to(row.device)] for row, order in zip(inputs[name], orders)]
+            output[name] = torch.stack([F.pad(row, (length - len(row), 0), value=fill) for row in rows])
+    return output
 
 
 def check_places(is_place_BS: torch.Tensor, expected: list[int], modality: str) -> None:
@@ -218,6 +254,13 @@ class OmniModel(OmniPreTrainedModel):
             return embeds
         types_cpu = types.cpu()
         merge = self.config.merge_size**2
+        for values, grid, name in (
+            (pixel_values, image_grid_thw, "image_grid_thw"),
+            (pixel_values_videos, video_grid_thw, "video_grid_thw"),
+            (input_features, input_features_mask, "input_features_mask"),
+        ):
+            if values is not None and grid is None:
+                raise OmniInputError(f"{name} is missing; pass everything that OmniProcessor returned")
         features = {}
         if pixel_values is not None:
             counts = (image_grid_thw.prod(-1) // merge).tolist()
@@ -239,6 +282,10 @@ class OmniModel(OmniPreTrainedModel):
         if input_features is not None:
             audio, per_clip = self.get_audio_features(input_features, input_features_mask)
             clips = [1] * len(per_clip) if audio_clip_counts is None else audio_clip_counts.tolist()
+            if sum(clips) != len(per_clip):
+                raise OmniInputError(
+                    f"audio_clip_counts {clips} add up to {sum(clips)} clips, {len(per_clip)} were given"
+                )
             counts = [int(part.sum()) for part in per_clip.cpu().split(clips)]
             check_places(types_cpu == AUDIO, counts, "audio")
             features[AUDIO] = audio
@@ -370,7 +417,8 @@ class OmniModel(OmniPreTrainedModel):
             raise ValueError("prefill_chunk_size needs use_cache=True and cannot return hidden states of every layer")
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
             raise ValueError("prefill_chunk_size needs an attention_mask [B, past + S] of 1 and 0")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # a static cache returns a live counter, hence `int`
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         hidden, position_ids = [], options.pop("position_ids")
         for start in range(0, inputs_embeds.shape[1], chunk):
             stop = min(start + chunk, inputs_embeds.shape[1])
@@ -432,6 +480,18 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value):
         self.model.set_input_embeddings(value)
+
+    def get_image_features(self, *args, **kwargs):
+        """See `OmniModel.get_image_features`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_video_features(self, *args, **kwargs):
+        """See `OmniModel.get_video_features`."""
+        return self.model.get_video_features(*args, **kwargs)
+
+    def get_audio_features(self, *args, **kwargs):
+        """See `OmniModel.get_audio_features`."""
+        return self.model.get_audio_features(*args, **kwargs)
 
     def forward(
         self,
@@ -511,8 +571,15 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         """transformers' `generate` on the output of `OmniProcessor`, media of any mix included.
 
         The media are encoded once here, whatever `num_return_sequences` or `num_beams` ask for. With
-        `prefill_chunk_size=n` the prompt is run n tokens at a time. Returns prompt and answer, [B', S + new].
+        `prefill_chunk_size=n` the prompt is run n tokens at a time, with `video_pruning_rate=q` EVS drops that share
+        of every video's tokens (and the prompt that is returned is the shortened one). Returns prompt and answer,
+        [B', S + new].
         """
+        rate = kwargs.pop("video_pruning_rate", None)
+        if rate and kwargs.get("pixel_values_videos") is not None and kwargs.get("video_keep_tokens") is None:
+            inputs = kwargs.pop("input_ids") if inputs is None else inputs
+            shortened = reserve_kept_tokens(kwargs | {"input_ids": inputs}, rate, self.config.merge_size)
+            inputs, kwargs = shortened.pop("input_ids"), shortened
         media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if kwargs.get(name) is not None}
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)

@@ -69,7 +69,7 @@ class VisionBatches(Dataset):
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         from .nano_data import dense_image_sample, dense_video_sample
 
-        first = number * self.args.samples_per_step
+        first = (self.args.seed << 32) + number * self.args.samples_per_step
         num_videos = round(self.args.samples_per_step * self.args.video_share)
         seeds = range(first, first + self.args.samples_per_step)
         batch = {}

@@ -7,7 +7,10 @@ placeholders per item, and only then are pixels and mel frames computed. Supplie
 Shapes: B samples, S tokens; the media tensors are flat over the batch (see the image, video and audio front ends).
 """
 
+import json
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jinja2
 import torch
@@ -46,6 +49,8 @@ from .prompt_omni import (
 )
 from .video_processing_omni import OmniVideoProcessor, frame_labels, kept_tokens, tubelet_audio_counts
 
+logger = logging.getLogger(__name__)
+
 TYPE_TEXT, TYPE_IMAGE, TYPE_VIDEO, TYPE_AUDIO = range(4)  # values of mm_token_type_ids
 
 
@@ -57,7 +62,6 @@ class SampleMedia:
     videos: list[VideoClip] = field(default_factory=list)
     audios: list = field(default_factory=list)  # float32 [L]; sounds of videos apart
     sounds: list = field(default_factory=list)  # of each video: float32 [L] or None
-    sound_starts: list[float] = field(default_factory=list)  # seconds of the source at which it begins
     image_grids: list[tuple[int, int]] = field(default_factory=list)  # (h, w)
     video_grids: list[tuple[int, int, int]] = field(default_factory=list)  # (t, h, w)
 
@@ -352,7 +356,6 @@ class OmniProcessor(ProcessorMixin):
                 clip = load_video(source, audio=sound, limits=limits, **choice)
                 media.videos.append(clip)
                 media.sounds.append(None if sound == "off" else clip.audio)
-                media.sound_starts.append(part.get("start") or 0.0)
         if media.images or media.videos:
             self._plan_grids(media, options)
         return media
@@ -445,7 +448,7 @@ class OmniProcessor(ProcessorMixin):
             total = self._audio_tokens(sound)
             sound_tokens[-1] = total
             if self.audio_in_video == "interleave":
-                sound_tokens = tubelet_audio_counts(clip, total, media.sound_starts[i], size)
+                sound_tokens = tubelet_audio_counts(clip, total, clip.start, size)
         for k, label in enumerate(frame_labels(clip, size)):
             text.append(label if k == 0 else "\n" + label)
             run("<img>", TYPE_VIDEO, self.image_token_id, tokens[k], "</img>")
@@ -536,7 +539,27 @@ class OmniProcessor(ProcessorMixin):
         `released_chat_template`, to be passed as `chat_template=`; the default stays this package's, which also takes
         content parts and marks what labels need. A folder's template that has such marks is used as it is.
         """
-        return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path), **kwargs)
+        path = resolve_checkpoint(pretrained_model_name_or_path)
+        processor = super().from_pretrained(path, **kwargs)
+        hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
+        if "audio_in_video" not in {**cls.get_processor_dict(path, **hub)[0], **kwargs}:
+            config, _ = PreTrainedConfig.get_config_dict(path, **hub, _raise_exceptions_for_missing_entries=False)
+            processor.audio_in_video = config.get("audio_in_video", "after")
+            if config.get("video_pruning_rate"):
+                logger.warning(
+                    "%s: its config.json has video_pruning_rate %s; EVS stays off unless video_pruning_rate is passed",
+                    path,
+                    config["video_pruning_rate"],
+                )
+        return processor
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves every part, and preprocessor_config.json under the released class name for tools that expect it."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        released = self.image_processor.to_dict()
+        released["image_processor_type"] = NemotronH_Nano_Omni_Reasoning_V3ImageProcessor.__name__
+        (Path(save_directory) / "preprocessor_config.json").write_text(json.dumps(released, indent=2) + "\n")
+        return files
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

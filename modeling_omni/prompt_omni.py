@@ -290,7 +290,10 @@ def _is_part_list(content) -> bool:
 
 
 def _mark_thinking(text: str) -> str:
-    """A leading `<think>...</think>` of an assistant's content is structure; anything further in is text."""
+    """A leading `<think>...</think>` of an assistant's content is structure; anything further in is text.
+
+    Decoded output, whose `<think>` stood in the prompt, goes through `OmniProcessor.split_reasoning` first.
+    """
     body = text.lstrip()
     if not body.startswith("<think>"):
         return text

@@ -194,6 +194,8 @@ def train_sft(args: SFTArguments) -> None:
     from .processing_omni import OmniProcessor
 
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError("training over several processes is not built yet: start train.py with one process")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model = build_model(args)
@@ -218,7 +220,7 @@ def train_sft(args: SFTArguments) -> None:
     loader = DataLoader(Subset(batches, range(step, args.steps)), batch_size=None, num_workers=args.workers)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    bar = tqdm(total=args.steps, initial=step, disable=not accelerator.is_main_process, mininterval=10)
+    bar = tqdm(total=args.steps, initial=step, mininterval=10)
     log, sums, started = open(folder / "log.jsonl", "a"), [0.0, 0, 0.0], time.time()
     for batch in loader:
         factor = cosine_factor(step, args.steps, args.warmup_fraction, args.min_learning_rate / args.learning_rate)
@@ -236,7 +238,7 @@ def train_sft(args: SFTArguments) -> None:
         step += 1
         bar.update()
         sums = [sums[0] + loss.item(), sums[1] + int(batch["attention_mask"].sum()), sums[2] + float(norm)]
-        if step % args.log_every == 0 and accelerator.is_main_process:
+        if step % args.log_every == 0:
             elapsed = time.time() - started
             line = {
                 "step": step,

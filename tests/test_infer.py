@@ -4,6 +4,7 @@ import io
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -440,7 +441,10 @@ class Process:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_session(folder, tmp_path):
-    chat = Process("chat", "--model", folder, "--max-new-tokens", "1000000", "--temperature", "2")
+    endless = tmp_path / "endless"  # its end token has no text, so it is never sampled
+    shutil.copytree(folder, endless)
+    (endless / "generation_config.json").write_text(json.dumps({"eos_token_id": 511, "pad_token_id": 0}))
+    chat = Process("chat", "--model", str(endless), "--max-new-tokens", "1000000", "--temperature", "2")
     process = chat.process
 
     def say(line: str) -> None:

@@ -21,9 +21,15 @@ from tiny_model import (
 )
 
 from modeling_omni.feature_extraction_omni import num_audio_tokens
-from modeling_omni.media import OmniInputError
+from modeling_omni.media import OmniInputError, VideoClip
 from modeling_omni.modeling_audio import plan_passes
-from modeling_omni.modeling_omni import OmniForConditionalGeneration, chunked_cross_entropy, evs_keep_indices
+from modeling_omni.modeling_omni import (
+    OmniForConditionalGeneration,
+    chunked_cross_entropy,
+    evs_keep_indices,
+    reserve_kept_tokens,
+)
+from modeling_omni.processing_omni import OmniProcessor
 
 ROWS = [
     [5, ("image", 2, 4), 3, ("image", 4, 4), 2],
@@ -612,3 +618,27 @@ with torch.no_grad():
     assert [name for name, *_ in sizes] == ["video", "audio"]
     for name, once, four_times in sizes:
         assert int(four_times) < 5 * max(int(once), 4096), (name, once, four_times)
+
+
+def test_a_shortened_prompt_is_the_one_the_processor_makes():
+    """`generate(video_pruning_rate=...)` on a full prompt = the processor's own EVS layout, in batches, with labels."""
+    processor = OmniProcessor.from_pretrained("nano")
+    rng = np.random.default_rng(0)
+
+    def clip(frames, height, width, seconds=0.0):
+        sound = rng.uniform(-0.1, 0.1, int(16000 * seconds)).astype(np.float32) if seconds else None
+        pixels = rng.integers(0, 255, (frames, height, width, 3), np.uint8)
+        return {"type": "video", "video": VideoClip(pixels, list(range(frames)), 4.0, frames / 4, sound)}
+
+    picture = {"type": "image", "image": np.zeros((96, 96, 3), np.uint8)}
+    rows = [[clip(8, 64, 96, 2.0), picture, clip(5, 96, 64)], [{"type": "text", "text": "none"}], [clip(2, 64, 64)]]
+    conversations = [
+        [{"role": "user", "content": row}, {"role": "assistant", "content": "a square moves"}] for row in rows
+    ]
+    options = {"tokenize": True, "return_labels": True, "return_tensors": "pt"}
+    full = processor.apply_chat_template(conversations, **options)
+    expected = processor.apply_chat_template(conversations, video_pruning_rate=0.6, **options)
+    shortened = reserve_kept_tokens(dict(full), 0.6, 2)
+    assert shortened.keys() == expected.keys() and full["input_ids"].shape[1] > expected["input_ids"].shape[1]
+    for name, value in expected.items():
+        assert torch.equal(shortened[name], value), name
