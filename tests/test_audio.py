@@ -162,13 +162,19 @@ def test_silence_is_finite():
         (np.zeros(0, np.float32), RATE, "empty"),
         (np.zeros((2, 100), np.float32), RATE, "mono"),
         (np.zeros(100, np.int16), RATE, "int16"),
-        ([0.1, 0.2], RATE, "float"),
         ([], RATE, "no audio"),
     ],
 )
 def test_bad_audio_is_refused(audio, rate, message):
     with pytest.raises(OmniInputError, match=message):
         OmniFeatureExtractor()(audio, sampling_rate=rate)
+
+
+def test_other_forms_that_transformers_extractors_take():
+    wave = speechlike(1)
+    expected = OmniFeatureExtractor()(wave)["input_features"]
+    assert torch.equal(OmniFeatureExtractor()(raw_speech=[float(x) for x in wave])["input_features"], expected)
+    assert torch.equal(OmniFeatureExtractor()(wave, padding=True)["input_features"], expected)
 
 
 def test_extractor_saves_and_loads(tmp_path):

@@ -339,7 +339,7 @@ def test_dense_image_labels():
     kinds = set()
     for seed in range(60):
         image, labels = nano_data.dense_image_sample(seed)
-        assert isinstance(image, Image.Image) and labels.shape == (2, image.height // 16, image.width // 16)
+        assert isinstance(image, Image.Image) and labels.shape == (2, image.height // 4, image.width // 4)
         things, colours = labels
         assert set(np.unique(things)) <= {nano_data.IGNORE, *range(len(nano_data.THING_CLASSES))}
         assert np.array_equal(things == nano_data.IGNORE, colours == nano_data.IGNORE)
