@@ -558,13 +558,19 @@ def test_wilson_interval():
 NANO = ROOT / "modeling_omni" / "nano"
 
 
-@pytest.mark.skipif(not (NANO / "model.safetensors").exists(), reason="the checkpoint is not in this tree")
-def test_nano_answers_the_examples_of_the_readme(capfd):
-    """The default model, without thinking, is right about the shipped media."""
+EXAMPLES = json.loads((NANO / "examples" / "examples.json").read_text())
+WRONG = {"What colour is the star?", "Read the word."}  # README: this first nano is undertrained
+UNDERTRAINED = pytest.mark.xfail(strict=True, reason="the shipped nano answers this one wrongly")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=UNDERTRAINED if row["question"] in WRONG else (), id=row["question"]) for row in EXAMPLES],
+)
+def test_nano_answers_the_shipped_examples(row):
+    """The default model, without thinking, about the shipped media."""
     model, processor = load("nano")
-    rows = json.loads((NANO / "examples" / "examples.json").read_text())
-    for row in rows:
-        media = [open_media(kind, NANO / "examples" / row[kind]) for kind in ("image", "video", "audio") if kind in row]
-        inputs = encode(model, processor, [user_message(row["question"], media)])
-        assert not opens_thought(processor, inputs["input_ids"])
-        assert list(stream_answer(model, processor, inputs))[-1][1]["answer"] == row["answer"], row
+    media = [open_media(kind, NANO / "examples" / row[kind]) for kind in ("image", "video", "audio") if kind in row]
+    inputs = encode(model, processor, [user_message(row["question"], media)])
+    assert not opens_thought(processor, inputs["input_ids"])
+    assert list(stream_answer(model, processor, inputs))[-1][1]["answer"] == row["answer"]

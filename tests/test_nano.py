@@ -1,0 +1,45 @@
+"""The shipped nano checkpoint: its files, and its skills on a sample of held-out data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from modeling_omni import OmniForConditionalGeneration, OmniProcessor
+from modeling_omni.evaluation import heldout_accuracy
+
+NANO = Path(__file__).parents[1] / "modeling_omni" / "nano"
+
+
+def test_files():
+    weights = NANO / "model.safetensors"
+    assert weights.stat().st_size < 32e6
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+        assert "language_model.backbone.layers.2.mixer.experts.7.up_proj.weight" in names  # released layout
+        assert file.get_tensor("language_model.lm_head.weight").dtype == torch.bfloat16
+    assert not [path for path in NANO.rglob("*") if path.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+@pytest.fixture(scope="module")
+def nano():
+    model = OmniForConditionalGeneration.from_pretrained("nano", dtype=torch.float32).eval()
+    return model, OmniProcessor.from_pretrained("nano")
+
+
+# least accuracy on 30 held-out samples; about three standard errors below the README's table
+FLOORS = {
+    "text_copy": 0.85,
+    "text_math": 0.8,
+    "text_speech": 0.9,
+    "image_shape": 0.4,
+    "image_colour": 0.35,
+    "video_direction": 0.8,
+    "video_mover": 0.5,
+}
+
+
+@pytest.mark.parametrize("skill", FLOORS)
+def test_heldout_skill(nano, skill):
+    assert heldout_accuracy(*nano, [skill], 30)[skill] >= FLOORS[skill]
