@@ -65,6 +65,11 @@ def image_grid(
     return h, w
 
 
+def normalize_pixels(pixels_TCHW: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Pixels in 0..255 -> zero mean, unit variance per channel."""
+    return (pixels_TCHW / 255.0 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
 def resize_frames(frames_TCHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """uint8 or float [T, 3, H, W] in 0..255 -> float32 [T, 3, height, width]: bicubic, antialiased, not clamped.
 
@@ -195,14 +200,8 @@ class OmniImageProcessor(BaseImageProcessor):
         """uint8 RGB [H, W, 3] -> normalised patches float32 [h * w, P], row by row."""
         p = self.patch_size
         pixels_1CHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)[None]
-        pixels_CHW = self.normalize_pixels(resize_frames(pixels_1CHW, h * p, w * p))[0]
+        pixels_CHW = normalize_pixels(resize_frames(pixels_1CHW, h * p, w * p), self.norm_mean, self.norm_std)[0]
         return pixels_CHW.view(3, h, p, w, p).permute(1, 3, 0, 2, 4).reshape(h * w, 3 * p * p)
-
-    def normalize_pixels(self, pixels_TCHW: torch.Tensor) -> torch.Tensor:
-        """Pixels in 0..255 -> zero mean, unit variance per channel."""
-        mean_C11 = torch.tensor(self.norm_mean).view(3, 1, 1)
-        std_C11 = torch.tensor(self.norm_std).view(3, 1, 1)
-        return (pixels_TCHW / 255.0 - mean_C11) / std_C11
 
     def preprocess(
         self, images, return_tensors: str | None = "pt", max_media_tokens: int | None = None, **kwargs

@@ -221,7 +221,6 @@ class OmniModel(OmniPreTrainedModel):
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """input_features [clips, frames, mels], mask [clips, frames] -> tokens of all clips [N, D], tokens per clip."""
-        input_features = input_features.to(self.audio_tower.subsampling.linear.weight.dtype)
         hidden, counts = self.audio_tower(input_features, input_features_mask)
         valid = torch.arange(hidden.shape[1], device=hidden.device) < counts.to(hidden.device)[:, None]
         return self.audio_projector(hidden[valid]), counts

@@ -17,7 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from .image_processing_omni import MERGE_SIZE, MIN_BUDGET_PATCHES, fit_media_budget, resize_frames
+from .image_processing_omni import MERGE_SIZE, MIN_BUDGET_PATCHES, fit_media_budget, normalize_pixels, resize_frames
 from .media import OmniInputError, VideoClip, load_video
 
 SECONDS_PER_AUDIO_TOKEN = 0.08  # 8 mel frames of 10 ms; 375 tokens in a clip of 30 s
@@ -182,9 +182,7 @@ class OmniVideoProcessor(VideoProcessorMixin):
         """uint8 RGB [T, H, W, 3] -> normalised tubelet patches float32 [t * h * w, P2]."""
         p, s = self.patch_size, self.video_temporal_patch_size
         frames_TCHW = torch.from_numpy(np.require(frames_THWC, requirements=["C", "W"])).permute(0, 3, 1, 2)
-        mean_C11 = torch.tensor(self.norm_mean).view(3, 1, 1)
-        std_C11 = torch.tensor(self.norm_std).view(3, 1, 1)
-        frames_TCHW = (resize_frames(frames_TCHW, h * p, w * p) / 255.0 - mean_C11) / std_C11
+        frames_TCHW = normalize_pixels(resize_frames(frames_TCHW, h * p, w * p), self.norm_mean, self.norm_std)
         t = num_tubelets(len(frames_TCHW), s)
         missing = t * s - len(frames_TCHW)
         if missing:

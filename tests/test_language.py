@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_model import LLM
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from modeling_omni.configuration_omni import OmniTextConfig
@@ -14,25 +15,7 @@ from modeling_omni.modeling_language import (
     ssd_step,
 )
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "n_groups": 2,
-    "ssm_state_size": 16,
-    "chunk_size": 16,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "moe_shared_expert_intermediate_size": 40,
-    "routed_scaling_factor": 2.5,
-    "max_position_embeddings": 512,
-}
+SIZES = LLM | {"vocab_size": 97, "chunk_size": 16}
 
 
 def make_pair(pattern="MEM*EM-*E", **changes):

@@ -413,6 +413,13 @@ def test_static_cache(pattern):
     assert torch.equal(static, expected)
 
 
+def test_static_cache_filled_in_pieces(model):
+    batch = make_batch()  # the shortest row is padded by more than one piece
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(**prompt_of(batch), **options)
+    assert torch.equal(model.generate(**prompt_of(batch), **options, prefill_chunk_size=5), expected)
+
+
 # --- start values
 
 
