@@ -1,4 +1,4 @@
-"""Inference from the command line: ask one question, chat in the terminal, or measure the nano skills."""
+"""Inference from the command line: ask a question, chat, measure the nano skills, or merge a LoRA adapter."""
 
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   python infer.py ask --model nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16 --think --video talk.mp4 "Summarise."
   python infer.py chat
   python infer.py eval --suite nano --samples 100 --out table.json
+  python infer.py merge --adapter runs/lora/final --out merged
 """
 
 CHAT_HELP = """/image PATH, /video PATH, /audio PATH   attach to the next message
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval | merge")
 
     ask = commands.add_parser(
         "ask", parents=[model, media, generation], help="one question about any mix of media",
@@ -125,6 +126,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=positive, default=25, help="prompts at a time (default: 25)")
     evaluate.add_argument("--out", metavar="FILE", help="also write the table, with settings and versions, as JSON")
     evaluate.set_defaults(run=run_eval)
+
+    merge = commands.add_parser(
+        "merge", help="a LoRA adapter into its base: a whole checkpoint",
+        description="Adds a LoRA adapter to the weights of its base, in float32, and writes a whole checkpoint in the "
+        "released layout and the base's dtypes, processor included. Its folder goes to stdout.",
+    )  # fmt: skip
+    merge.add_argument("--adapter", required=True, metavar="DIR", help="folder that PEFT or train.py has saved")
+    merge.add_argument("--model", metavar="BASE", help="nano, a checkpoint folder or a Hugging Face id (default: the "
+                       "one that the adapter names)")  # fmt: skip
+    merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    merge.set_defaults(run=run_merge)
     return parser
 
 
@@ -358,6 +370,13 @@ def run_eval(options) -> int:
         }
         with open(options.out, "w") as file:
             json.dump(about | {"table": table}, file, indent=1)
+    return 0
+
+
+def run_merge(options) -> int:
+    from modeling_omni.lora import merge_adapter
+
+    print(merge_adapter(options.adapter, options.out, options.model, progress=sys.stderr.isatty()), flush=True)
     return 0
 
 

@@ -33,6 +33,7 @@ class CallOptions:
     max_frames: int | None = None
     use_audio_in_video: bool | None = None
     video_pruning_rate: float | None = None
+    video_target_num_patches: int | None = None
     max_media_tokens: int | None = None
     media_limits: MediaLimits | None = None
     count_only: bool = False
@@ -70,6 +71,9 @@ def split_options(kwargs: dict, variables: frozenset[str] = frozenset()) -> tupl
         raise OmniInputError(f"return_tensors is {options.return_tensors!r}; use 'pt', or None for lists")
     if options.video_pruning_rate is not None:
         check_pruning_rate(options.video_pruning_rate)
+    target = options.video_target_num_patches
+    if target is not None and (not isinstance(target, int) or target < 4):
+        raise OmniInputError(f"video_target_num_patches is {target!r}; give a whole number of patches, 4 or more")
     return options, rest
 
 

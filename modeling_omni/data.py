@@ -1,44 +1,59 @@
-"""Training rows: blends of sources, encoding into model inputs, and packing into rows (paper 3.1.8).
+"""Training rows: sources, blends by share of tokens, and encoding into model inputs (paper 3.1, Tables 1-5).
 
-A source is a JSONL file of `{"messages": [...]}` rows or `nano:<skill>`, a task of `nano_data` made on the fly. Which
-row stands at which place is a function of (seed, place) alone, so training resumes at the exact row without reading
-what went before, and every worker can work out its own share.
+A source is a JSONL, JSON or Parquet file (or a pattern of them), `datasets:<name>` (anything that library opens), or
+`nano:<skill>`, a task of `nano_data` made on the fly. Which row stands at which place of a blend is a function of
+(seed, place) alone, so training resumes at the exact row without reading what went before, and every process works out
+its own share. Streamed sources have no places; there the reader's own position is kept (`Stream`).
 """
 
+import copy
+import glob
+import hashlib
 import json
-import random
+import logging
+import math
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from .data_adapters import FORMATS, TEMPLATES, adapt_row
 from .media import OmniInputError
 
-# Inputs whose first dimension is items or patches of the whole batch, not rows.
-FLAT_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-    "video_keep_tokens",
-    "audio_clip_counts",
-)
+logger = logging.getLogger(__name__)
+
+# Keys of a source (the `data` of a configuration).
+SOURCE_KEYS = {
+    "path": "file or pattern (.jsonl, .json, .parquet), datasets:<name>, or nano:<skill>",
+    "weight": "share of the blend's tokens (of its rows where mean_tokens is not known)",
+    "limit": "use the first so many rows only",
+    "mean_tokens": "tokens of a row on average; measured when not given",
+    "streaming": "read in order instead of at random places",
+    "format": f"form of the rows, one of {', '.join(FORMATS)}; see adapt_row",
+    "template": f"for questions with options, one of {', '.join(TEMPLATES)}",
+    "subset": "datasets: name of the configuration",
+    "split": "datasets: name of the split",
+}
+
+
+class TooLong(OmniInputError):
+    """A row over the tokens or the media cost that one packed row may have."""
 
 
 class JsonlRows:
     """Rows of a JSONL file by number, found through an index of line starts (the file is never held in memory)."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.starts = []
-        with open(self.path, "rb") as file:
-            position = 0
+    def __init__(self, path: str):
+        self.path, starts, position = path, [], 0
+        with open(path, "rb") as file:
             for line in file:
                 if line.strip():
-                    self.starts.append(position)
+                    starts.append(position)
                 position += len(line)
-        if not self.starts:
-            raise OmniInputError(f"{self.path}: no rows")
+        self.starts = np.array(starts, np.int64)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -46,131 +61,467 @@ class JsonlRows:
     def __getitem__(self, number: int) -> dict:
         with open(self.path, "rb") as file:
             file.seek(self.starts[number])
-            try:
-                row = json.loads(file.readline())
-                messages = row["messages"]
-            except (ValueError, KeyError, TypeError) as error:
+            return parse_line(file.readline())
+
+
+def parse_line(line: bytes) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise OmniInputError(f"not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise OmniInputError(f"a JSON object is needed, not {type(row).__name__}")
+    return row
+
+
+class TableRows:
+    """Rows of a `datasets.Dataset` by number; media stay undecoded and fields that Arrow added as null are dropped."""
+
+    def __init__(self, table):
+        self.table = table.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> dict:
+        return without_nulls(self.table[int(number)].to_pylist()[0])
+
+
+def without_nulls(value):
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+class NanoRows:
+    """A nano task: every number below 2^32 is a row."""
+
+    def __init__(self, skill: str, split: str):
+        self.skill, self.split = skill, split
+
+    def __len__(self) -> int:
+        return 2**32
+
+    def __getitem__(self, number: int) -> dict:
+        from .nano_data import make_sample
+
+        return make_sample(self.skill, number, self.split)
+
+
+def source_files(path: str) -> list[str]:
+    files = sorted(glob.glob(path)) or [path]
+    for file in files:
+        if not Path(file).is_file():
+            hint = "'nano:<skill>' or 'datasets:<name>' for other sources"
+            raise OmniInputError(f"data source {path!r}: there is no such file; give a file, a pattern, or {hint}")
+        if Path(file).suffix not in (".jsonl", ".json", ".parquet"):
+            raise OmniInputError(
+                f"{file}: a data file must end in .jsonl (an object per line), .json (a list) or .parquet"
+            )
+    return files
+
+
+def load_table(source: dict, files: str | list[str] | None = None):
+    """`datasets` on Parquet files, or on the name that a source gives; no code of others is run."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise OmniInputError(f"{source['path']}: needs the package datasets (pip install datasets)") from error
+    streaming, name = bool(source.get("streaming")), source["path"].removeprefix("datasets:")
+    try:
+        if files is not None:
+            return datasets.load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+        return datasets.load_dataset(
+            name, source.get("subset"), split=source.get("split", "train"), streaming=streaming
+        )
+    except Exception as error:  # of many kinds, from Arrow, fsspec and the hub
+        reason = " ".join(str(error).split())[:300]
+        raise OmniInputError(f"{files or name}: datasets cannot open it ({type(error).__name__}: {reason})") from error
+
+
+def open_file(file: str, spec: dict):
+    if file.endswith(".parquet"):
+        return TableRows(load_table(spec, file))
+    if file.endswith(".jsonl"):
+        return JsonlRows(file)
+    try:
+        rows = json.loads(Path(file).read_bytes())
+    except ValueError as error:
+        raise OmniInputError(f"{file}: not JSON ({error}); one object per line goes into a .jsonl file") from error
+    if not isinstance(rows, list):
+        raise OmniInputError(f"{file}: a .json file must hold one list of rows")
+    return rows
+
+
+class Source:
+    """Rows of one source by number, as {"messages", "tools"}.
+
+    Raises:
+        OmniInputError: a file that is not there, without rows, or (for one row) what is wrong with it, by file and row.
+    """
+
+    def __init__(self, spec: dict, split: str = "train"):
+        self.spec, path = spec, spec["path"]
+        if path.startswith("nano:"):
+            self.parts = [(path, NanoRows(path.removeprefix("nano:"), split))]
+        elif path.startswith("datasets:"):
+            self.parts = [(path, TableRows(load_table(spec)))]
+        else:
+            self.parts = [(file, open_file(file, spec)) for file in source_files(path)]
+        self.ends = list(accumulate(len(rows) for _, rows in self.parts))
+        if not self.ends[-1]:
+            raise OmniInputError(f"{path}: no rows")
+
+    def __len__(self) -> int:
+        return min(self.ends[-1], self.spec.get("limit") or self.ends[-1])
+
+    def name(self, number: int) -> tuple[str, int]:
+        """(file, row in it from 1 on)."""
+        part = bisect_right(self.ends, number)
+        return self.parts[part][0], number - (self.ends[part - 1] if part else 0) + 1
+
+    def __getitem__(self, number: int) -> dict:
+        file, row = self.name(number)
+        rows = self.parts[bisect_right(self.ends, number)][1]
+        return finish_row(lambda: rows[row - 1], self.spec, file, row)
+
+
+def finish_row(read, spec: dict, file: str, row: int) -> dict:
+    """A row read and adapted; whatever is wrong with it is said with its file and number."""
+    folder = None if file.startswith(("nano:", "datasets:")) else Path(file).parent
+    try:
+        return adapt_row(read(), spec.get("format"), spec.get("template", "mixed"), folder)
+    except OmniInputError as error:
+        raise OmniInputError(f"{file}, row {row}: {error}") from error
+
+
+class Stream:
+    """Rows of a `streaming: true` source one after the other, over and over: every `lanes`-th row from `lane` on.
+
+    Whole files or shards are dealt out to the lanes where their number allows it. `state_dict` holds the exact
+    position, which is found again without reading (JSONL) or decoding (`datasets`) what lies before it.
+    """
+
+    def __init__(self, spec: dict, lane: int = 0, lanes: int = 1):
+        self.spec, self.lane, self.lanes, self.path = spec, lane, lanes, spec["path"]
+        self.files = None if self.path.startswith("datasets:") else source_files(self.path)
+        self.is_jsonl = self.files is not None and not self.files[0].endswith(".parquet")
+        if not self.is_jsonl:
+            from datasets.distributed import split_dataset_by_node
+
+            tables = load_table(spec, self.files)
+            self.table = split_dataset_by_node(tables, rank=lane, world_size=lanes).with_format("arrow")
+        elif len(self.files) % lanes == 0:
+            self.files, self.lane, self.lanes = self.files[lane::lanes], 0, 1
+        self.position = {"epoch": 0, "rows": 0} | ({"file": 0, "offset": 0, "line": 0} if self.is_jsonl else {})
+        self.iterator = self.table_state = None  # the latter: where the tables are before the first row is read
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[str, int, dict | OmniInputError]:
+        """(file, row, the row or what is wrong with it). Row numbers of `datasets` sources count within the lane."""
+        if self.iterator is None:
+            self.iterator = self._lines() if self.is_jsonl else self._tables()
+        limit = self.spec.get("limit")
+        limit = limit and max(1, limit // self.lanes)
+        item = None if limit and self.position["rows"] >= limit else next(self.iterator, None)
+        if item is None:
+            if not self.position["rows"]:
                 raise OmniInputError(
-                    f"{self.path}, row {number + 1}: not a JSON object with 'messages' ({error})"
-                ) from error
-        for message in messages:
-            content = message.get("content") if isinstance(message, dict) else None
-            for part in content if isinstance(content, list) else ():
-                for key in ("path", part.get("type")):  # {"path": ...} or {"image": ...}, relative to the file's folder
-                    source = part.get(key)
-                    if isinstance(source, str) and key != "text" and "://" not in source and source[:5] != "data:":
-                        part[key] = str(self.path.parent / source)
-        return row
+                    f"{self.path}: no rows for reader {self.lane + 1} of {self.lanes}; use fewer workers"
+                )
+            restart = {"file": 0, "offset": 0, "line": 0} if self.is_jsonl else {"table": None}
+            self.load_state_dict({"epoch": self.position["epoch"] + 1, "rows": 0} | restart)
+            return next(self)
+        file, row, read = item
+        self.position["rows"] += 1
+        try:
+            return file, row, finish_row(read, self.spec, file, row)
+        except OmniInputError as error:
+            return file, row, error
+
+    def _lines(self):
+        at = self.position
+        while at["file"] < len(self.files):
+            name = self.files[at["file"]]
+            with open(name, "rb") as file:
+                file.seek(at["offset"])
+                for line in file:
+                    at["offset"] += len(line)
+                    if line.strip():
+                        at["line"] += 1
+                        if at["line"] % self.lanes == (self.lane + 1) % self.lanes:
+                            yield name, at["line"], lambda line=line: parse_line(line)
+            at.update(file=at["file"] + 1, offset=0, line=0)
+
+    def _tables(self):
+        for batch in self.table.iter(batch_size=1):  # `iter` leaves the split over workers to us
+            yield self.path, self.position["rows"] + 1, lambda batch=batch: without_nulls(batch.to_pylist()[0])
+
+    def state_dict(self) -> dict:
+        if self.is_jsonl:
+            return dict(self.position)
+        return {**self.position, "table": copy.deepcopy(self.table.state_dict()) if self.iterator else self.table_state}
+
+    def load_state_dict(self, state: dict) -> None:
+        state = copy.deepcopy(state)
+        table = self.table_state = state.pop("table", None)
+        self.position, self.iterator = state, None
+        if not self.is_jsonl:
+            self.table.set_epoch(state["epoch"])
+            if table is not None:
+                self.table.load_state_dict(copy.deepcopy(table))
+
+
+# --------------------------------------------------------------------------------------------------- blends
+
+TURN = 2**64  # a full turn of the circle on which a blend's sources have their arcs
+STEP = 11400714819323198485  # golden ratio of a turn: consecutive places lie as evenly as any sequence can
+
+
+def floor_sum(n: int, m: int, a: int, b: int) -> int:
+    """sum of (a * i + b) // m over i in range(n), for a, b >= 0, in O(log m) steps."""
+    total = 0
+    while n:
+        total += n * (n - 1) // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        top = a * n + b
+        n, b, m, a = top // m, top % m, a, m
+    return total
+
+
+def shuffled(position: int, count: int, key: str) -> int:
+    """Image of `position` under a permutation of range(count) drawn from `key` (a Feistel network, cycle-walked)."""
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for turn in range(4):
+            left, right = right, left ^ (hashed(key, turn, right) & mask)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+def hashed(*values) -> int:
+    """64 bits that depend on nothing but the values."""
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
 class Blend(Dataset):
-    """An endless blend of sources; place -> row, with each source drawn by its weight.
+    """An endless blend of sources; place -> row.
+
+    The places of a source are spread evenly and its rows come in a new random order every epoch, each row once. Row
+    shares are exact to a few rows at any time: weight / mean_tokens, so that weights are shares of tokens, where the
+    sources have `mean_tokens` (`measure_mean_tokens`), and otherwise the weights themselves.
 
     Args:
-        sources: [{"path": "nano:<skill>" or a .jsonl file, "weight": share of rows}].
+        sources: dicts with the keys of SOURCE_KEYS.
+        seed: of the order.
         split: split of the `nano:` sources.
     """
 
     def __init__(self, sources: list[dict], seed: int = 0, split: str = "train"):
-        unknown = {key for source in sources for key in source} - {"path", "weight", "limit"}
-        if unknown:
-            raise ValueError(f"unknown keys in data: {sorted(unknown)}; a source has path, weight and limit")
-        self.sources, self.seed, self.split = sources, seed, split
-        self.weights = [float(source.get("weight", 1.0)) for source in sources]
-        self.files = {s["path"]: JsonlRows(s["path"]) for s in sources if not s["path"].startswith("nano:")}
+        check_sources(sources)
+        measured = [source for source in sources if source.get("mean_tokens")]
+        if measured and len(measured) < len(sources):
+            raise ValueError("mean_tokens must be given for every source in data or for none")
+        self.specs, self.seed = sources, seed
+        shares = [float(source.get("weight", 1.0)) / float(source.get("mean_tokens") or 1.0) for source in sources]
+        ends = [int(end / sum(shares) * TURN) for end in accumulate(shares)]
+        self.bounds = [0, *ends[:-1], TURN]
+        self.offset = hashed(seed) % TURN
+        self.sources = [None if source.get("streaming") else Source(source, split) for source in sources]
 
     def __len__(self) -> int:
         return 2**40
 
+    def source_at(self, place: int) -> int:
+        return bisect_right(self.bounds, (place * STEP + self.offset) % TURN) - 1
+
+    def locate(self, place: int) -> tuple[int, int]:
+        """(source, its row)."""
+        source = self.source_at(place)
+        rows = self.sources[source]
+        if rows is None:
+            raise TypeError(f"{self.specs[source]['path']} is streamed: its rows have no places")
+        turn = self._places_below(place, source + 1) - self._places_below(place, source)  # this source's earlier rows
+        epoch, turn = divmod(turn, len(rows))
+        return source, shuffled(turn, len(rows), f"{self.seed}/{self.specs[source]['path']}/{epoch}")
+
+    def _places_below(self, place: int, bound: int) -> int:
+        """How many places before `place` lie on the circle before `bounds[bound]`."""
+        if bound == 0:
+            return 0
+        beyond = floor_sum(place, TURN, STEP, self.offset + TURN - self.bounds[bound]) - place
+        return floor_sum(place, TURN, STEP, self.offset) - beyond
+
+    def read(self, place: int) -> tuple[str, int, dict | OmniInputError]:
+        """(file, row, the row at a place or what is wrong with it)."""
+        source, number = self.locate(place)
+        file, row = self.sources[source].name(number)
+        try:
+            return file, row, self.sources[source][number]
+        except OmniInputError as error:
+            return file, row, error
+
     def __getitem__(self, place: int) -> dict:
-        rng = random.Random(f"{self.seed}/{place}")
-        source = rng.choices(self.sources, self.weights)[0]
-        path, number = source["path"], rng.getrandbits(32)
-        if path.startswith("nano:"):
-            from .nano_data import make_sample
-
-            return make_sample(path.removeprefix("nano:"), number, self.split)
-        rows = self.files[path]
-        return rows[number % min(len(rows), source.get("limit") or len(rows))]
+        source, number = self.locate(place)
+        return self.sources[source][number]
 
 
-def encode_row(row: dict, processor) -> dict[str, torch.Tensor]:
-    """One row -> model inputs with labels, each [1, ...] as the processor returns them (no padding)."""
-    return processor.apply_chat_template(
+def check_sources(sources: list[dict]) -> None:
+    """Raises for keys and values that no source has."""
+    if not sources:
+        raise ValueError("data is empty: give at least one source {path, weight}")
+    for source in sources:
+        unknown = set(source) - set(SOURCE_KEYS)
+        if unknown or "path" not in source:
+            raise ValueError(
+                f"unknown keys in data: {sorted(unknown)}; a source has path and any of {list(SOURCE_KEYS)}"
+            )
+        weight = float(source.get("weight", 1.0))
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"{source['path']}: weight is {weight}; give a positive number or drop the source")
+        for key, known in (("format", FORMATS), ("template", TEMPLATES)):
+            if source.get(key) is not None and source[key] not in known:
+                raise ValueError(f"{source['path']}: {key} is {source[key]!r}; use one of {', '.join(known)}")
+        if source.get("streaming") and source["path"].startswith("nano:"):
+            raise ValueError(f"{source['path']}: nano tasks are made at random places; drop streaming")
+        if source.get("streaming") and source["path"].endswith(".json"):
+            raise ValueError(f"{source['path']}: one JSON list cannot be streamed; write a row per line into a .jsonl")
+
+
+# --------------------------------------------------------------------------------------------------- samples
+
+
+def encode_row(
+    row: dict,
+    processor,
+    row_tokens: int | None = None,
+    media_tokens: int | None = None,
+    cut_long: bool = False,
+    **options,
+) -> dict[str, torch.Tensor]:
+    """One row -> model inputs with labels, each [1, ...] as the processor returns them (no padding).
+
+    Args:
+        row: {"messages", "tools"}.
+        row_tokens, media_tokens: the most that a row may have (see `cost_of`).
+        cut_long: cut the end of too long text off instead; never inside or before a media item.
+        options: of `OmniProcessor.apply_chat_template`, e.g. `max_frames`, `video_target_num_patches`.
+
+    Raises:
+        TooLong: over `row_tokens` or `media_tokens`.
+        OmniInputError: a malformed row, media that cannot be read, nothing to learn.
+    """
+    sample = processor.apply_chat_template(
         row["messages"],
         tools=row.get("tools"),
         tokenize=True,
         return_dict=True,
         return_labels=True,
         return_tensors="pt",
+        **options,
     )
+    tokens, cost = cost_of(sample)
+    if row_tokens is not None and tokens > row_tokens:
+        types = sample.get("mm_token_type_ids")
+        if not cut_long or (types is not None and bool(types[:, row_tokens:].any())):
+            raise TooLong(f"{tokens} tokens; limit {row_tokens} of a packed row; raise row_tokens or lower max_frames")
+        for name in TOKEN_INPUTS:
+            if name in sample:
+                sample[name] = sample[name][:, :row_tokens]
+    if media_tokens is not None and cost > media_tokens:
+        raise TooLong(f"media cost {cost} (patches and sound frames); limit {media_tokens} of a packed row")
+    if not (sample["labels"][:, 1:] != -100).any():
+        raise OmniInputError("nothing to learn: no assistant text")
+    return sample
 
 
-def pack_greedily(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Puts items into rows of at most `capacity`, longest first, each into the fullest row it fits.
-
-    Returns the numbers of the items of each row. An item longer than `capacity` gets a row of its own.
-    """
-    rows, room = [], []
-    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [row for row in range(len(rows)) if room[row] >= lengths[item]]
-        if fits:
-            row = min(fits, key=lambda r: room[r])
-            rows[row].append(item)
-            room[row] -= lengths[item]
-        else:
-            rows.append([item])
-            room.append(capacity - lengths[item])
-    return rows
+TOKEN_INPUTS = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
 
 
-def collate_packed(samples: list[dict[str, torch.Tensor]], row_tokens: int) -> dict[str, torch.Tensor]:
-    """Packs encoded samples into rows; `seq_idx` tells the model where one document ends (see `OmniLanguageModel`).
-
-    Returns input_ids, labels, attention_mask, mm_token_type_ids, seq_idx [rows, longest row] and the media of all
-    samples in their new order.
-    """
-    rows = pack_greedily([sample["input_ids"].shape[1] for sample in samples], row_tokens)
-    length = max(sum(samples[item]["input_ids"].shape[1] for item in row) for row in rows)
-    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0, "mm_token_type_ids": 0, "seq_idx": -1}
-    batch = {name: torch.full((len(rows), length), value) for name, value in fill.items()}
-    for number, row in enumerate(rows):
-        start = 0
-        for document, item in enumerate(row):
-            sample = samples[item]
-            stop = start + sample["input_ids"].shape[1]
-            for name in ("input_ids", "labels", "attention_mask", "mm_token_type_ids"):
-                if name in sample:  # text alone has no mm_token_type_ids
-                    batch[name][number, start:stop] = sample[name][0]
-            batch["labels"][number, start] = -100  # the first token of a document follows nothing
-            batch["seq_idx"][number, start:stop] = document
-            start = stop
-    ordered = [samples[item] for row in rows for item in row]
-    for name in FLAT_INPUTS:
-        parts = [sample[name] for sample in ordered if name in sample]
-        if parts:
-            batch[name] = torch.cat(parts)
-    features = [sample["input_features"] for sample in ordered if "input_features" in sample]
-    if features:
-        masks = [sample["input_features_mask"] for sample in ordered if "input_features" in sample]
-        frames = max(feature.shape[1] for feature in features)
-        pad = torch.nn.functional.pad
-        batch["input_features"] = torch.cat([pad(f, (0, 0, 0, frames - f.shape[1])) for f in features])
-        batch["input_features_mask"] = torch.cat([pad(m, (0, frames - m.shape[1])) for m in masks])
-    return batch
+def cost_of(sample: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """(tokens in the language model, positions in the towers: patches of images and tubelets, sound in 80 ms)."""
+    cost = sum(len(sample[name]) for name in ("pixel_values", "pixel_values_videos") if name in sample)
+    if "input_features_mask" in sample:
+        cost += int(sample["input_features_mask"].sum()) // 8
+    return sample["input_ids"].shape[1], cost
 
 
-class PackedBatches(Dataset):
-    """Batch number -> a packed batch of `rows_per_batch` encoded rows of the blend."""
+def frame_patches(choices: list[int] | None, seed: int, place: int) -> dict[str, int]:
+    """The random target patches of a row's video frames (paper 3.1: 256, 512, 768 or 1,024), as a processor option."""
+    return {"video_target_num_patches": choices[hashed(seed, place, "patches") % len(choices)]} if choices else {}
 
-    def __init__(self, blend: Blend, processor, rows_per_batch: int, row_tokens: int, num_batches: int):
-        self.blend, self.processor = blend, processor
-        self.rows_per_batch, self.row_tokens, self.num_batches = rows_per_batch, row_tokens, num_batches
+
+class _Lengths(Dataset):
+    """Number -> tokens that this row of a source brings into training; 0 for rows that are refused."""
+
+    def __init__(self, spec: dict, processor, numbers: list[int], patches: list[int] | None, limits: dict):
+        self.spec, self.processor, self.numbers, self.patches, self.limits = spec, processor, numbers, patches, limits
+        self.rows = Stream(spec) if spec.get("streaming") else Source(spec)
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.numbers)
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        first = number * self.rows_per_batch
-        rows = [self.blend[place] for place in range(first, first + self.rows_per_batch)]
-        return collate_packed([encode_row(row, self.processor) for row in rows], self.row_tokens)
+    def __getitem__(self, index: int) -> int:
+        try:
+            if isinstance(self.rows, Stream):
+                row = next(self.rows)[2]
+                if isinstance(row, OmniInputError):
+                    raise row
+            else:
+                row = self.rows[shuffled(self.numbers[index], len(self.rows), "lengths")]
+            options = frame_patches(self.patches, 0, self.numbers[index])
+            return encode_row(row, self.processor, **self.limits, **options)["input_ids"].shape[1]
+        except OmniInputError:
+            return 0
+
+
+def measure_mean_tokens(
+    sources: list[dict],
+    processor,
+    patches_per_frame: list[int] | None = None,
+    workers: int = 0,
+    accuracy: float = 0.02,
+    samples: tuple[int, int] = (64, 1024),
+    **limits,
+) -> list[dict]:
+    """The sources with `mean_tokens`, measured on random rows where it is not given.
+
+    Rows are drawn until the standard error is below `accuracy` of the mean (at least `samples[0]`, at most
+    `samples[1]`, or all rows). Refused rows count with 0 tokens, as in training. Store the result (the resolved
+    configuration) and start from it again: resuming is exact then.
+
+    Args:
+        limits: of `encode_row` (`row_tokens`, `media_tokens`, `cut_long`, `max_frames`), as in training.
+    """
+    check_sources(sources)
+    measured = []
+    for spec in sources:
+        if spec.get("mean_tokens"):
+            measured.append(spec)
+            continue
+        rows = _Lengths(spec, processor, list(range(samples[1])), patches_per_frame, limits)
+        if isinstance(rows.rows, Source):
+            rows.numbers = rows.numbers[: len(rows.rows)]
+        lengths = []
+        streamed = isinstance(rows.rows, Stream)  # read in order, by one reader
+        for tokens in DataLoader(rows, batch_size=None, num_workers=0 if streamed else workers):
+            lengths.append(int(tokens))
+            if len(lengths) >= samples[0] and len(lengths) % 16 == 0:
+                if np.std(lengths) / math.sqrt(len(lengths)) < accuracy * np.mean(lengths):
+                    break
+        mean = float(np.mean(lengths))
+        if not mean:
+            raise OmniInputError(
+                f"{spec['path']}: none of {len(lengths)} rows can be used; see `train.py sft --check-data`"
+            )
+        logger.info("%s: %.1f tokens a row (%d rows measured)", spec["path"], mean, len(lengths))
+        measured.append({**spec, "mean_tokens": round(mean, 2)})
+    return measured
+
+
+__all__ = ["Blend", "SOURCE_KEYS", "Source", "Stream", "encode_row", "measure_mean_tokens"]

@@ -45,6 +45,11 @@ def load(
     path_like = folder.startswith((".", os.sep)) or folder.count("/") > 1
     if not os.path.isdir(folder) and (path_like or os.path.exists(folder)):
         raise OmniInputError(f"model {name}: no such folder; give a checkpoint folder, a Hugging Face id or 'nano'")
+    if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
+        raise OmniInputError(
+            f"model {name}: this is a LoRA adapter, no whole checkpoint; merge it into its base first: "
+            f"python infer.py merge --adapter {name} --out MERGED"
+        )
     if name == "nano" and not (Path(folder) / "model.safetensors").is_file():
         raise OmniInputError("model nano: this installation has no weights for it; give a checkpoint folder instead")
     if dtype != "auto" and dtype not in DTYPES:

@@ -222,12 +222,14 @@ class OmniAudioModel(nn.Module):
             are grouped by length, so mixed lengths cost little padding; the result does not depend on the grouping.
         batch_norm_training (`bool`): let batch norm use and update batch statistics in train mode. Only for training
             a tower from scratch; with gradient checkpointing the statistics are then updated twice per step.
+        min_passes (`int`): default of `forward`'s argument of that name, for training loops that only call the model.
     """
 
     def __init__(self, config: OmniAudioConfig):
         super().__init__()
         self.config = config
         self.max_frames_per_pass = 16 * 3000
+        self.min_passes = 0
         self.feature_extractor = MelFeatureExtractor(config)
         self.subsampling = Subsampling(config)
         self.layers = nn.ModuleList(ConformerBlock(config) for _ in range(config.num_hidden_layers))
@@ -275,7 +277,7 @@ class OmniAudioModel(nn.Module):
             order = torch.tensor([i for group in groups for i in group], device=frames_N.device)
             hidden_NSD = torch.cat(hidden)[order.argsort()]
         shortest = min(range(len(frames)), key=frames.__getitem__)
-        for _ in range(min_passes - len(groups)):
+        for _ in range(max(min_passes, self.min_passes) - len(groups)):
             clip = [shortest]
             hidden_NSD = hidden_NSD + 0 * self._encode(features_NTM[clip], frames_N[clip], [frames[shortest]]).sum()
         return hidden_NSD, tokens_N

@@ -189,6 +189,7 @@ class Mamba2Mixer(nn.Module):
         cache: Cache | None = None,
         padding_mask: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
+        context=None,
     ) -> torch.Tensor:
         """padding_mask: [B, S] bool, False on padding, which then leaves convolution and state untouched."""
         length = hidden_BSD.shape[1]
@@ -203,7 +204,10 @@ class Mamba2Mixer(nn.Module):
             kernel = self.conv1d.kernel_size[0]
             xbc = cache.update_conv_state(xbc.transpose(1, 2), self.layer_idx, conv_kernel_size=kernel).transpose(1, 2)
             xbc = xbc[:, -(length + kernel - 1) :]
-        xbc = causal_conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx)[:, -length:]
+        documents = seq_idx
+        if context is not None:  # rows are slices of longer rows, which stand on several ranks
+            xbc, documents = context.prepend_history(xbc, self.conv1d.kernel_size[0] - 1)
+        xbc = causal_conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, documents)[:, -length:]
         if padding_mask is not None:  # the convolution's bias made padding non-zero again
             xbc = xbc * padding_mask[..., None]
         x, B, C = xbc.split([inner, bc_size, bc_size], -1)
@@ -218,6 +222,8 @@ class Mamba2Mixer(nn.Module):
             y, state = ssd_scan(x, dt, A, B, C, None if state is None else state.float(), seq_idx, self.chunk)
             if cache is not None:
                 cache.update_recurrent_state(state.to(self.state_dtype), self.layer_idx)
+            if context is not None:
+                y = context.add_incoming_state(y, state, dt * A, C)
         y = torch.addcmul(y, x.float(), self.D.float()[:, None])
         return self.out_proj(self.norm(y.flatten(-2), gate))
 
@@ -338,7 +344,12 @@ class OmniAttention(nn.Module):
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(
-        self, hidden_BSD: torch.Tensor, cache: Cache | None = None, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        hidden_BSD: torch.Tensor,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        context=None,
+        **kwargs,
     ) -> torch.Tensor:
         query, key, value = (
             proj(hidden_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -346,8 +357,10 @@ class OmniAttention(nn.Module):
         )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
+        if context is not None:
+            return self.o_proj(context.attend(query, key, value, self.head_dim**-0.5, dropout).flatten(2))
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, _ = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
         )
@@ -371,13 +384,13 @@ class OmniBlock(GradientCheckpointingLayer):
         else:
             self.mixer = OmniMLP(config, config.intermediate_size)
 
-    def forward(self, hidden, cache=None, padding_mask=None, attention_mask=None, seq_idx=None, **kwargs):
+    def forward(self, hidden, cache=None, padding_mask=None, attention_mask=None, seq_idx=None, context=None, **kwargs):
         residual = hidden.float() if self.residual_in_fp32 else hidden
         hidden = self.norm(hidden.to(self.norm.weight.dtype))
         if self.kind == "M":
-            hidden = self.mixer(hidden, cache, padding_mask, seq_idx)
+            hidden = self.mixer(hidden, cache, padding_mask, seq_idx, context)
         elif self.kind == "*":
-            hidden = self.mixer(hidden, cache, attention_mask, **kwargs)
+            hidden = self.mixer(hidden, cache, attention_mask, context, **kwargs)
         else:
             hidden = self.mixer(hidden)
         return residual + hidden
@@ -402,6 +415,7 @@ class OmniLanguageModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         seq_idx: torch.Tensor | None = None,
         output_hidden_states: bool = False,
+        context=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Runs the layers.
@@ -411,12 +425,13 @@ class OmniLanguageModel(nn.Module):
             attention_mask: [B, past + S], 0 on padding (left or right); None means no padding.
             seq_idx: [B, S] document number of each token of packed rows: documents then see only themselves in
                 attention, convolution and Mamba state alike. Training only (no cache).
+            context: `ContextShard` of context parallelism: the rows are this rank's slices [R, L] of longer rows.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("packed rows (seq_idx) cannot be combined with a cache: pass use_cache=False")
-        if seq_idx is not None and "flash" in (self.config._attn_implementation or ""):
+        if seq_idx is not None and context is None and "flash" in (self.config._attn_implementation or ""):
             raise ValueError(
                 "packed rows (seq_idx) need attn_implementation 'sdpa' or 'eager'; flash would mix documents"
             )
@@ -429,7 +444,7 @@ class OmniLanguageModel(nn.Module):
             padding_mask = attention_mask[:, -length:].bool()
             if bool(padding_mask.all()):
                 padding_mask = None
-        if "*" in self.config.hybrid_override_pattern and causal_mask is None:
+        if "*" in self.config.hybrid_override_pattern and causal_mask is None and context is None:
             same_document = None
             if seq_idx is not None:
 
@@ -454,6 +469,7 @@ class OmniLanguageModel(nn.Module):
                 padding_mask=padding_mask,
                 attention_mask=causal_mask,
                 seq_idx=seq_idx,
+                context=context,
                 **kwargs,
             )
         hidden = self.norm_f(hidden.to(self.norm_f.weight.dtype))

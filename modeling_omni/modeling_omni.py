@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .checkpoint import IGNORED_ON_LOAD, register_released_layout
@@ -23,6 +24,7 @@ from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
 from .video_processing_omni import kept_tokens
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3  # values of mm_token_type_ids; 0 is text
+LOSS_CHUNK = 1024  # trained tokens whose logits exist at a time
 MODALITY_NAMES = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
 
 MEDIA_INPUTS = (
@@ -38,7 +40,7 @@ MEDIA_INPUTS = (
 )
 
 
-class OmniProjector(nn.Module):
+class OmniProjector(GradientCheckpointingLayer):
     """RMSNorm -> linear -> relu^2 -> linear: `mlp1` for vision, `sound_projection` for audio."""
 
     def __init__(self, in_size: int, hidden_size: int, out_size: int, bias: bool = False):
@@ -398,7 +400,7 @@ class OmniModel(OmniPreTrainedModel):
             )
         if use_cache is None:
             use_cache = past_key_values is not None or (config.llm_config.use_cache and not self.training)
-        recomputed = self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing
+        recomputed = self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
         if seq_idx is not None or (recomputed and past_key_values is None):  # running a layer again would add twice
             use_cache = False
         options = {"use_cache": use_cache, "position_ids": position_ids, "seq_idx": seq_idx}
@@ -435,13 +437,19 @@ class OmniModel(OmniPreTrainedModel):
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, head: nn.Module, labels: torch.Tensor, num_items: torch.Tensor | int | None = None, chunk=1024
+    hidden: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+    chunk: int = LOSS_CHUNK,
+    min_chunks: int = 0,
 ) -> torch.Tensor:
     """Next-token loss without ever holding all logits: the head runs over `chunk` trained tokens at a time.
 
     Args:
         hidden: [B, S, D]. labels: [B, S], -100 where nothing is learnt; token t is predicted from position t - 1.
         num_items: divide the summed loss by this (gradient accumulation); the number of trained tokens if None.
+        min_chunks: call the head at least this often. Processes that share a sharded head must agree on it.
     """
     labels = labels[:, 1:].to(hidden.device)
     trained = labels != -100
@@ -451,8 +459,10 @@ def chunked_cross_entropy(
         return F.cross_entropy(head(states).float(), targets, reduction="sum")
 
     total = hidden.sum() * 0.0  # keeps the graph whole when a batch has no trained token
-    for part, target in zip(states.split(chunk), targets.split(chunk)):
-        if torch.is_grad_enabled() and len(states) > chunk:
+    parts = list(zip(states.split(chunk), targets.split(chunk)))
+    parts += [(states[:0], targets[:0])] * (min_chunks - len(parts))
+    for part, target in parts:
+        if torch.is_grad_enabled() and len(parts) > 1:
             total = total + torch.utils.checkpoint.checkpoint(loss_of, part, target, use_reentrant=False)
         else:
             total = total + loss_of(part, target)
@@ -461,6 +471,8 @@ def chunked_cross_entropy(
 
 class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
     """The whole model with its head; loads and saves the released checkpoint layout."""
+
+    min_loss_chunks = 0  # see `chunked_cross_entropy`
 
     def __init__(self, config: OmniConfig):
         super().__init__(config)
@@ -555,7 +567,9 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         hidden = output.last_hidden_state
         loss = None
         if labels is not None:
-            loss = chunked_cross_entropy(hidden, self.lm_head, labels, num_items_in_batch)
+            loss = chunked_cross_entropy(
+                hidden, self.lm_head, labels, num_items_in_batch, min_chunks=self.min_loss_chunks
+            )
         logits = None
         if not (skip_logits and labels is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

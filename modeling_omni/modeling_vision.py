@@ -89,8 +89,9 @@ class PatchGenerator(nn.Module):
             positions = [by_grid[h, w] for _, h, w in sizes]
         packed = []
         parts = rows_PD.split([n * h * w for n, h, w in sizes])
-        for (n, h, w), rows, position in zip(sizes, parts, positions, strict=True):
-            prefix = self.cls_token(n)  # [n, prefix, D]
+        # one call, whatever the sizes: processes that share sharded weights must call alike
+        prefixes = self.cls_token(sum(n for n, _, _ in sizes)).split([n for n, _, _ in sizes])  # [n, prefix, D] each
+        for (n, h, w), rows, position, prefix in zip(sizes, parts, positions, prefixes, strict=True):
             packed.append(torch.cat([prefix, rows.view(n, h * w, -1) + position], dim=1).flatten(0, 1))
         return torch.cat(packed) if len(packed) > 1 else packed[0]
 

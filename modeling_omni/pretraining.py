@@ -27,7 +27,7 @@ from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import OmniImageProcessor
 from .modeling_audio import OmniAudioModel, init_audio_weights
 from .modeling_vision import OmniVisionModel, init_vision_weights
-from .training import GROUPS, cosine_factor
+from .training import GROUPS, cosine_factor, kind_of, make_optimizers
 from .video_processing_omni import OmniVideoProcessor
 
 IGNORE = -100
@@ -46,7 +46,10 @@ class TowerArguments:
     video_share: float = field(default=0.25, metadata={"help": "vision: share of clips among the samples"})
     learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
     warmup_fraction: float = field(default=0.05, metadata={"help": "share of steps of linear warm-up"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
+    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of matrices"})
+    optimizer: str = field(
+        default="adamw", metadata={"help": "adamw, or muon: Muon on hidden matrices, AdamW on the rest"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of data order and starting weights"})
     save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
     eval_every: int = field(default=1000, metadata={"help": "steps between held-out tests"})
@@ -195,15 +198,19 @@ def pretrain_tower(args: TowerArguments) -> None:
     config = OmniConfig(**yaml.safe_load(Path(args.model_config).read_text()))
     torch.manual_seed(args.seed)
     model = LabelledTower(args.tower, config)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": args.weight_decay}, {"params": plain}])
+    groups = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(kind_of(name, parameter), []).append(parameter)
+    decay = {"hidden": args.weight_decay, "decayed": args.weight_decay, "plain": 0.0}
+    groups = [{"params": params, "weight_decay": decay[kind], "kind": kind} for kind, params in groups.items()]
+    optimizers = make_optimizers(groups, args.optimizer)
     step, state_file = 0, folder / "training_state.pt"
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         step = state["step"]
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
     batches = VisionBatches if args.tower == "vision" else AudioBatches
     heldout = batches(config, args, "heldout")
@@ -213,13 +220,14 @@ def pretrain_tower(args: TowerArguments) -> None:
     bar = tqdm(loader, total=args.steps, initial=step, mininterval=10)
     for batch in bar:
         model.train()
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = args.learning_rate * cosine_factor(step, args.steps, args.warmup_fraction, 0.01)
         loss, right = model(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         history.append({"loss": loss.item(), **right})
         if step % 50 == 0:
@@ -235,10 +243,14 @@ def pretrain_tower(args: TowerArguments) -> None:
             log.write(json.dumps(line) + "\n")
             tqdm.write(str(line))
         if step % args.save_every == 0 or step == args.steps:
-            state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            }
             torch.save(state, folder / "partial.pt")
             os.replace(folder / "partial.pt", state_file)
-            (prefix,) = GROUPS[args.tower]
+            prefix = GROUPS[args.tower]
             tensors = {prefix + name: value.contiguous() for name, value in model.tower.state_dict().items()}
             save_file(tensors, folder / "partial.safetensors")
             os.replace(folder / "partial.safetensors", folder / "tower.safetensors")

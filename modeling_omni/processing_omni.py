@@ -261,8 +261,9 @@ class OmniProcessor(ProcessorMixin):
                 given: where tensors need it), `padding_side` ("left"), `pad_to_multiple_of`, `max_length`,
                 `truncation`, `return_tensors` ("pt"; lists of ids when not given, as everywhere in transformers);
                 `num_frames`, `fps`, `max_frames` (sampling of videos), `use_audio_in_video` (False ignores their
-                sound), `video_pruning_rate` (EVS), `max_media_tokens` (per conversation; see `fit_media_budget`: image
-                and video resolution gives way, sound does not), `media_limits`, `sampling_rate`.
+                sound), `video_pruning_rate` (EVS), `video_target_num_patches` (of a frame, for this call),
+                `max_media_tokens` (per conversation; see `fit_media_budget`: image and video resolution gives way,
+                sound does not), `media_limits`, `sampling_rate`.
 
         Returns:
             A prompt string (a list for a batch) in which supplied text is kept apart from structure, fit for
@@ -363,17 +364,18 @@ class OmniProcessor(ProcessorMixin):
     def _plan_grids(self, media: SampleMedia, options: CallOptions) -> None:
         images = [image.shape[:2] for image in media.images]
         videos = [clip.frames.shape[:3] for clip in media.videos]
-        rate, count = self._pruning_rate(options), len(images)
+        rate, count, target = self._pruning_rate(options), len(images), options.video_target_num_patches
         budget = options.max_media_tokens
         scale = 1.0
         if budget is not None:
             sounds = [*media.audios, *(sound for sound in media.sounds if sound is not None)]
             budget -= sum(self._audio_tokens(sound) for sound in sounds)
             tokens_at = [lambda s, size=size: self.image_processor.num_tokens(*size, count, s) for size in images]
-            tokens_at += [lambda s, size=size: self.video_processor.num_tokens(*size, rate, s) for size in videos]
+            count_video = self.video_processor.num_tokens
+            tokens_at += [lambda s, size=size: count_video(*size, rate, s, target) for size in videos]
             scale = fit_media_budget(tokens_at, budget)
         media.image_grids = [self.image_processor.grid(*size, count, scale) for size in images]
-        media.video_grids = [self.video_processor.grid(*size, scale) for size in videos]
+        media.video_grids = [self.video_processor.grid(*size, scale, target) for size in videos]
 
     def _pruning_rate(self, options: CallOptions) -> float:
         return self.video_pruning_rate if options.video_pruning_rate is None else options.video_pruning_rate

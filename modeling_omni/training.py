@@ -1,4 +1,9 @@
-"""Supervised fine-tuning (paper 3.1): named groups of parameters, cosine schedule, checkpoints that resume exactly."""
+"""Supervised fine-tuning (paper 3.1): one stage of the recipe, in one process or many.
+
+A stage trains named groups of parameters on a blend of sources, packed into rows of `row_tokens` tokens. A step is
+`global_batch_size` rows over all processes, `micro_batch_size` of them in one forward pass. A run that is killed at any
+moment goes on from its newest checkpoint, in one process to the same bits.
+"""
 
 import dataclasses
 import json
@@ -6,30 +11,61 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Subset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import distributed
 from .configuration_omni import OmniConfig, resolve_checkpoint
-from .data import Blend, PackedBatches
+from .context_parallel import context_group, set_context_parallel, shard_batch
+from .data import Blend, measure_mean_tokens
+from .lora import (
+    add_lora,
+    base_name,
+    check_adapter_gradients,
+    load_adapter,
+    lora_table,
+    quantize_experts_4bit,
+    save_adapter,
+    watch_adapter_gradients,
+)
+from .media import OmniInputError
 from .modeling_omni import OmniForConditionalGeneration
+from .packing import PackedRows
+from .planning import LANGUAGE_KINDS, memory_estimate
+from .reporting import Previews, RouterLoad, evaluate, parameter_table, write_model_card
 
-# Group name -> prefixes of parameter names; the longest prefix that fits decides.
+# Group name -> what its parameters' names begin with; the longest that fits decides. The router is told by its place.
 GROUPS = {
-    "language": ("model.language_model.",),
-    "embeddings": ("model.language_model.embeddings.",),
-    "head": ("lm_head.",),
-    "vision": ("model.vision_tower.",),
-    "vision_projector": ("model.vision_projector.",),
-    "audio": ("model.audio_tower.",),
-    "audio_projector": ("model.audio_projector.",),
+    "language": "model.language_model.",
+    "embeddings": "model.language_model.embeddings.",
+    "head": "lm_head.",
+    "router": ".mixer.gate.",
+    "vision": "model.vision_tower.",
+    "vision_projector": "model.vision_projector.",
+    "audio": "model.audio_tower.",
+    "audio_projector": "model.audio_projector.",
 }
+# Parts whose activations can be computed again in the backward pass (paper 3.1.8) -> how their modules' names begin
+RECOMPUTED = {name: GROUPS[name] for name in ("language", "vision", "vision_projector", "audio", "audio_projector")}
+
+
+def _key(default, text: str):
+    """A key of the YAML file: its default (a list or dict is copied) and what it is."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -37,43 +73,62 @@ class SFTArguments:
     """Every key of a stage's YAML file; the command line overrides the file, unknown keys are errors."""
 
     output_dir: str = field(metadata={"help": "folder for checkpoints, logs and the final model"})
-    model: str | None = field(default=None, metadata={"help": "checkpoint to start from: a folder, hub id or 'nano'"})
-    model_config: str | None = field(
-        default=None, metadata={"help": "YAML of an OmniConfig: start from random weights"}
+    # model
+    model: str | None = _key(None, "checkpoint to start from: a folder, hub id or 'nano'")
+    model_config: str | None = _key(None, "YAML of an OmniConfig: start from random weights")
+    processor: str | None = _key(None, "processor to use; that of `model` if not given")
+    towers: dict[str, str] = _key({}, "group -> safetensors file of a pre-trained tower")
+    train: list[str] = _key(list(GROUPS), f"groups to train: {list(GROUPS)}")
+    lora: dict | None = _key(None, "train adapters instead of the groups; see modeling_omni/lora.py")
+    cpe_eval: bool = _key(True, "vision position embedding in eval mode; false: random windows of it")
+    # data
+    data: list[dict] = _key([], "sources: {path, weight (share of tokens), ...}; see SOURCE_KEYS in data.py")
+    weight_of: str = _key("tokens", "what weights are shares of: tokens or rows")
+    row_tokens: int = _key(256, "tokens of one packed row (the stage's context)")
+    media_tokens: int | None = _key(None, "the most media that a packed row may hold, in patches and 80 ms of sound")
+    cut_long: bool = _key(False, "cut the end of too long text instead of leaving the row out")
+    max_frames: int | None = _key(None, "frames of a video at most")
+    patches_per_frame: list[int] = _key([], "target patches of a video frame; one is drawn for each row")
+    max_bad_share: float = _key(0.05, "share of rows that cannot be used above which training stops")
+    workers: int = _key(1, "data loader processes")
+    # optimisation
+    steps: int = _key(1000, "optimizer steps")
+    train_tokens: int = _key(0, "tokens of the stage; read by `train.py plan` only")
+    global_batch_size: int = _key(16, "packed rows per step over all processes")
+    micro_batch_size: int = _key(1, "packed rows of one forward pass")
+    optimizer: str = _key("adamw", "adamw, or muon: Muon on hidden matrices and AdamW on the rest")
+    learning_rate: float = _key(1e-3, "peak learning rate")
+    group_learning_rates: dict[str, float] = _key({}, "peak rate of single groups")
+    min_learning_rate: float = _key(0.0, "rate at the end of the cosine, for the peak rate")
+    warmup_fraction: float = _key(0.05, "share of steps of linear warm-up")
+    weight_decay: float = _key(0.05, "weight decay of matrices")
+    max_grad_norm: float = _key(1.0, "gradient clipping")
+    max_skipped: int = _key(10, "steps in a row without a finite gradient after which training stops")
+    seed: int = _key(0, "seed of data order and starting weights")
+    # parallelism and memory
+    expert_parallel: int = _key(1, "processes over which the experts of a layer are spread (ZeRO-3)")
+    context_parallel: int = _key(1, "processes that share one row")
+    recompute: list[str] = _key([], f"recompute activations of: {[*RECOMPUTED, *LANGUAGE_KINDS.values()]}")
+    # log
+    save_every: int = _key(500, "steps between checkpoints; the newest two are kept")
+    final_dtype: str | None = _key(
+        None, "dtype of the final model's weights: bfloat16 or float32; as trained if not given"
     )
-    processor: str | None = field(default=None, metadata={"help": "processor to use; that of `model` if not given"})
-    data: list[dict] = field(default_factory=list, metadata={"help": "sources: {path, weight, limit}"})
-    train: list[str] = field(
-        default_factory=lambda: list(GROUPS), metadata={"help": f"groups to train: {list(GROUPS)}"}
-    )
-    towers: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "group -> safetensors file of a pre-trained tower"}
-    )
-    steps: int = field(default=1000, metadata={"help": "optimizer steps"})
-    rows_per_step: int = field(default=64, metadata={"help": "rows (samples) per optimizer step on each process"})
-    row_tokens: int = field(default=256, metadata={"help": "tokens of one packed row"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
-    group_learning_rates: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "peak rate of single groups"}
-    )
-    min_learning_rate: float = field(default=0.0, metadata={"help": "rate at the end of the cosine, for the peak rate"})
-    warmup_fraction: float = field(default=0.05, metadata={"help": "share of steps of linear warm-up"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW weight decay of matrices"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
-    seed: int = field(default=0, metadata={"help": "seed of data order and starting weights"})
-    save_every: int = field(default=500, metadata={"help": "steps between checkpoints; the newest two are kept"})
-    eval_every: int = field(
-        default=0, metadata={"help": "steps between held-out tests of the nano skills in data; 0: end only"}
-    )
-    eval_samples: int = field(default=40, metadata={"help": "held-out samples per skill"})
-    workers: int = field(default=1, metadata={"help": "data loader processes"})
-    log_every: int = field(default=20, metadata={"help": "steps between log lines"})
+    eval_every: int = _key(0, "steps between held-out tests of the nano skills in data; 0: end only")
+    eval_samples: int = _key(40, "held-out samples per skill; 0: no test")
+    previews: int = _key(0, "rows of the blend whose answers are shown at every held-out test")
+    log_every: int = _key(20, "steps between log lines")
+    report_to: list[str] = _key(["tensorboard"], "trackers of accelerate: tensorboard, wandb, ...")
 
 
 def load_arguments(cls, argv: list[str] | None = None):
     """`--config file.yaml [--key value ...]` -> an instance of `cls`. Unknown keys are errors, on both sides."""
     parser = HfArgumentParser(cls)
     parser.add_argument("--config", help="YAML file with values of the options below")
+    types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    for action in parser._actions:
+        if "dict" in types.get(action.dest, ""):  # on the command line as JSON
+            action.type, action.nargs = json.loads, None
     config_parser = HfArgumentParser([])
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config
@@ -93,47 +148,61 @@ def load_arguments(cls, argv: list[str] | None = None):
     return cls(**options)
 
 
+# ---- parameters ----
+
+
 def group_of(name: str) -> str:
     """The group of a parameter by its name."""
-    fitting = [
-        (len(prefix), group) for group, prefixes in GROUPS.items() for prefix in prefixes if name.startswith(prefix)
-    ]
-    return max(fitting)[1]
+    if GROUPS["router"] in name:
+        return "router"
+    return max((group for group in GROUPS if name.startswith(GROUPS[group])), key=lambda group: len(GROUPS[group]))
+
+
+def kind_of(name: str, parameter: torch.Tensor) -> str:
+    """ "hidden" (a matrix between layers, which Muon may take), "decayed" (other matrices) or "plain" (no decay)."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
+    if len(shape) < 2 or name.endswith(("pos_embed", "token")):
+        return "plain"
+    return "decayed" if len(shape) > 2 or any(part in name for part in ("embed", "head.weight", "lora_")) else "hidden"
 
 
 def parameter_groups(model, args: SFTArguments) -> list[dict]:
-    """Freezes what is not trained and returns AdamW's groups (decay on matrices only), each with its own peak rate."""
+    """Freezes what is not trained and returns the optimizer's groups, each with a name, a decay and a peak rate.
+
+    Where the model carries adapters, they are what is trained, with the rate of the group they stand in.
+    """
     unknown = (set(args.train) | set(args.group_learning_rates)) - set(GROUPS)
     if unknown:
         raise ValueError(f"unknown parameter groups {sorted(unknown)}; known: {list(GROUPS)}")
     groups = {}
     for name, parameter in model.named_parameters():
-        group = group_of(name)
-        parameter.requires_grad_(group in args.train)
+        group = group_of(base_name(name))
+        if args.lora is None:
+            parameter.requires_grad_(group in args.train)
         if parameter.requires_grad:
-            decay = args.weight_decay if parameter.dim() > 1 and not name.endswith(("pos_embed", "token")) else 0.0
-            groups.setdefault((group, decay), []).append(parameter)
+            groups.setdefault((group, kind_of(name, parameter)), []).append(parameter)
+    if not groups:
+        raise ValueError(f"nothing is trained: train is {args.train}; known groups: {list(GROUPS)}")
     return [
         {
             "params": params,
-            "weight_decay": decay,
+            "weight_decay": 0.0 if kind == "plain" else args.weight_decay,
             "lr": args.group_learning_rates.get(group, args.learning_rate),
             "name": group,
+            "kind": kind,
         }
-        for (group, decay), params in groups.items()
+        for (group, kind), params in groups.items()
     ]
 
 
-def parameter_table(model) -> str:
-    """Trained and frozen parameters of every group, as text."""
-    counts = {group: [0, 0] for group in GROUPS}
-    for name, parameter in model.named_parameters():
-        counts[group_of(name)][not parameter.requires_grad] += parameter.numel()
-    lines = [f"{'group':18}{'trained':>14}{'frozen':>14}"]
-    lines += [f"{group:18}{trained:14,}{frozen:14,}" for group, (trained, frozen) in counts.items()]
-    return "\n".join(
-        lines + [f"{'all':18}{sum(c[0] for c in counts.values()):14,}{sum(c[1] for c in counts.values()):14,}"]
-    )
+def make_optimizers(groups: list[dict], kind: str) -> list[torch.optim.Optimizer]:
+    """AdamW over all groups, or Muon over the hidden matrices at AdamW's learning rates and AdamW over the rest."""
+    if kind not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be 'adamw' or 'muon', got {kind!r}")
+    hidden = [group for group in groups if kind == "muon" and group["kind"] == "hidden"]
+    others = [group for group in groups if not any(group is one for one in hidden)]
+    optimizers = [torch.optim.Muon(hidden, adjust_lr_fn="match_rms_adamw")] if hidden else []
+    return optimizers + ([torch.optim.AdamW(others, betas=(0.9, 0.999))] if others else [])
 
 
 def cosine_factor(step: int, steps: int, warmup_fraction: float, floor: float) -> float:
@@ -145,25 +214,48 @@ def cosine_factor(step: int, steps: int, warmup_fraction: float, floor: float) -
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_model(args: SFTArguments) -> OmniForConditionalGeneration:
-    """The model to start from: a checkpoint in float32, or random weights of `model_config`."""
+def recompute_activations(model, parts: list[str]) -> None:
+    """Turns recomputation in the backward pass on for the named parts, block by block, and off elsewhere."""
+    unknown = set(parts) - set(RECOMPUTED) - set(LANGUAGE_KINDS.values())
+    if unknown:
+        raise ValueError(
+            f"recompute: unknown parts {sorted(unknown)}; known: {[*RECOMPUTED, *LANGUAGE_KINDS.values()]}"
+        )
+    if parts:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    starts = tuple(RECOMPUTED[part] for part in parts if part in RECOMPUTED)
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            chosen = bool(starts) and base_name(name + ".").startswith(starts)
+            module.gradient_checkpointing = chosen or LANGUAGE_KINDS.get(getattr(module, "kind", None)) in parts
+
+
+# ---- start ----
+
+
+def build_model(args: SFTArguments, dtype: torch.dtype = torch.float32, start: str | Path | None = None):
+    """The model to start from: the checkpoint `start` or `args.model`, or random weights of `model_config`."""
     if (args.model is None) == (args.model_config is None):
         raise ValueError("give exactly one of `model` (a checkpoint) and `model_config` (random weights)")
-    if args.model is not None:
-        model = OmniForConditionalGeneration.from_pretrained(resolve_checkpoint(args.model), dtype=torch.float32)
+    if args.lora is not None and (args.model is None or args.towers):
+        raise ValueError("adapters need a checkpoint to stand on: give `model`, and no `towers`")
+    if start or args.model:
+        model = OmniForConditionalGeneration.from_pretrained(start or resolve_checkpoint(args.model), dtype=dtype)
     else:
         torch.manual_seed(args.seed)
-        model = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(Path(args.model_config).read_text())))
-    for group, path in args.towers.items():
-        load_tower(model, group, path)
+        model = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(Path(args.model_config).read_text()))).to(
+            dtype
+        )
+    if start is None:
+        for group, path in args.towers.items():
+            load_tower(model, group, path)
+    model.model.vision_tower.force_cpe_eval_mode = args.cpe_eval
     return model
 
 
 def load_tower(model, group: str, path: str) -> None:
     """Copies the parameters and buffers of one group from a safetensors file with our names."""
-    from safetensors.torch import load_file
-
-    (prefix,) = GROUPS[group]
+    prefix = GROUPS[group]
     state = {name: value for name, value in load_file(path).items() if name.startswith(prefix)}
     missing = [n for n in model.state_dict() if n.startswith(prefix) and n not in state]
     if missing or not state:
@@ -171,111 +263,283 @@ def load_tower(model, group: str, path: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def write_checkpoint(folder: Path, model, optimizer, step: int) -> None:
-    """Writes `folder/step-N` under another name first, so that a kill or a full disk leaves the last good one."""
-    target = folder / f"step-{step}"
-    partial = folder / f"partial-{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, partial / "training_state.pt")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    for old in sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
-        shutil.rmtree(old)
-
-
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step in `folder`, if any."""
     return max(folder.glob("step-*"), key=lambda p: int(p.name[5:]), default=None)
+
+
+def settle_data(args: SFTArguments, processor, accelerator: Accelerator) -> None:
+    """Notes every source's mean tokens per row in `args.data`, so that weights are shares of tokens."""
+    if args.weight_of not in ("tokens", "rows"):
+        raise ValueError(f"weight_of is {args.weight_of!r}; use tokens or rows")
+    if args.weight_of == "tokens" and accelerator.is_main_process:
+        accelerator.print("measuring the sources' mean tokens per row (give mean_tokens to skip this)")
+        args.data = measure_mean_tokens(args.data, processor, args.patches_per_frame, args.workers, **row_limits(args))
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        args.data = broadcast_object_list([args.data])[0]
+
+
+def row_limits(args: SFTArguments) -> dict:
+    """The limits that `encode_row` keeps."""
+    limits = {"row_tokens": args.row_tokens, "media_tokens": args.media_tokens, "cut_long": args.cut_long}
+    return limits | ({} if args.max_frames is None else {"max_frames": args.max_frames})
+
+
+# ---- checkpoints ----
+
+
+def write_checkpoint(accelerator, folder: Path, model, optimizers: list, state: dict) -> None:
+    """Writes `folder/step-N` under another name first, so that a kill or a full disk leaves the last good one.
+
+    Args:
+        state: "step" and the position in the data ("data": one per process), saved as JSON.
+    """
+    target, partial = folder / f"step-{state['step']}", folder / f"partial-{state['step']}"
+    sharded = distributed.is_sharded(accelerator)
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    accelerator.wait_for_everyone()
+    try:
+        if hasattr(model_inside(model), "peft_config"):
+            save_adapter(model_inside(model), partial)
+        else:
+            distributed.save_released(accelerator, model, partial)
+        if sharded:
+            distributed.save_state(model, partial)
+        elif accelerator.is_main_process:
+            save_optimizers(optimizers, partial / "optimizer.safetensors")
+        (partial / f"state-{accelerator.process_index}.json").write_text(json.dumps(state))
+    except (OSError, SafetensorError) as error:
+        if accelerator.num_processes == 1:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OmniInputError(
+            f"checkpoint {target} could not be written ({error}); the last good one is {newest_checkpoint(folder)}. "
+            "Free the disk and start the same command again"
+        ) from error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+        for old in sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def model_inside(model):
+    """The model in an engine's or DDP's wrapper; adapters stay around it."""
+    return getattr(model, "module", model)
+
+
+def save_optimizers(optimizers: list, path: Path) -> None:
+    """The state of all optimizers as one safetensors file: "number of the optimizer.number of the parameter.key"."""
+    tensors = {
+        f"{number}.{index}.{key}": value.contiguous()
+        for number, optimizer in enumerate(optimizers)
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    save_file(tensors, path)
+
+
+def load_optimizers(optimizers: list, path: Path) -> None:
+    """Reads what `save_optimizers` wrote."""
+    tensors = load_file(path)
+    for number, optimizer in enumerate(optimizers):
+        saved = optimizer.state_dict()
+        saved["state"] = {}
+        for name, value in tensors.items():
+            owner, index, key = name.split(".", 2)
+            if int(owner) == number:
+                saved["state"].setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(saved)
+
+
+# ---- training ----
 
 
 def train_sft(args: SFTArguments) -> None:
     """Runs one SFT stage; started again with the same `output_dir` it goes on where it was."""
     from .processing_omni import OmniProcessor
 
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError("training over several processes is not built yet: start train.py with one process")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    model = build_model(args)
+    accelerator = distributed.make_accelerator(args.max_grad_norm, log_with=args.report_to or None, project_dir=folder)
+    sharded, main = distributed.is_sharded(accelerator), accelerator.is_main_process
+    world, rank = accelerator.num_processes, accelerator.process_index
+    readers = world // args.context_parallel  # processes with rows of their own
+    accumulation, left = divmod(args.global_batch_size, readers * args.micro_batch_size)
+    if left or not accumulation:
+        raise OmniInputError(
+            f"global_batch_size {args.global_batch_size} must be a multiple of {readers} readers x micro_batch_size "
+            f"{args.micro_batch_size}"
+        )
+    resumed = newest_checkpoint(folder)
+    saved = json.loads((resumed / f"state-{rank}.json").read_text()) if resumed else {"step": 0, "data": None}
+    step = saved["step"]
     processor = OmniProcessor.from_pretrained(resolve_checkpoint(args.processor or args.model))
-    groups = parameter_groups(model, args)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    step, resumed = 0, newest_checkpoint(folder)
-    if resumed is not None:
-        state = torch.load(resumed / "training_state.pt", weights_only=True)
-        step = state["step"]
-        loaded = OmniForConditionalGeneration.from_pretrained(resumed, dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
-        optimizer.load_state_dict(state["optimizer"])
+
+    model = build_model(args, distributed.model_dtype(accelerator), None if args.lora else resumed)
+    model.config.use_cache = False
+    distributed.prepare_expert_parallel(model, args.expert_parallel, accelerator)
+    group = context_group(args.context_parallel)
+    set_context_parallel(model, group)
+    if args.lora is not None and resumed:
+        if args.lora.get("base_4bit"):
+            quantize_experts_4bit(model)
+        model = load_adapter(model, resumed, trainable=True)
+    elif args.lora is not None:
+        torch.manual_seed(args.seed)
+        model = add_lora(model, args.lora)
+    recompute_activations(model, args.recompute)
+    optimizers = make_optimizers(parameter_groups(model, args), args.optimizer)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+
+    resolved = folder / "config.resolved.yaml"
+    if resumed and resolved.exists():  # the measured mean tokens decide the order of the data
+        args.data = yaml.safe_load(resolved.read_text())["data"]
+    else:
+        settle_data(args, processor, accelerator)
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
-    (folder / "config.resolved.yaml").write_text(settings)
-    accelerator.print(settings + "\n" + parameter_table(model))
-    if step:
+    if main:
+        resolved.write_text(settings)
+    accelerator.print(
+        settings + "\n" + (parameter_table(model, GROUPS, group_of) if args.lora is None else lora_table(model))
+    )
+    accelerator.print(memory_estimate(
+        args, world, distributed.model_dtype(accelerator), sharded, gpu=torch.cuda.is_available(),
+        rows=args.micro_batch_size, config=model.config,
+    ))  # fmt: skip
+    accelerator.print(
+        f"{accumulation} micro-batches x {readers} readers x {args.micro_batch_size} packed rows per step"
+    )
+    if resumed:
         accelerator.print(f"resuming from {resumed}")
 
-    batches = PackedBatches(Blend(args.data, args.seed), processor, args.rows_per_step, args.row_tokens, args.steps)
-    loader = DataLoader(Subset(batches, range(step, args.steps)), batch_size=None, num_workers=args.workers)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    rows = PackedRows(
+        Blend(args.data, args.seed), processor, args.micro_batch_size, args.row_tokens, rank // args.context_parallel,
+        readers, args.media_tokens, args.cut_long, args.max_frames, args.patches_per_frame,
+        bad_rows=None if rank % args.context_parallel else folder / "bad_rows.jsonl", max_bad_share=args.max_bad_share,
+    )  # fmt: skip
+    if saved["data"] is not None:
+        rows.load_state_dict(saved["data"])
+    loader = iter(DataLoader(rows, batch_size=None, num_workers=args.workers))
+    model, optimizers = distributed.prepare_training(accelerator, model, optimizers)
+    if resumed and sharded:
+        distributed.load_state(model, resumed)
+    elif resumed:
+        load_optimizers(optimizers, resumed / "optimizer.safetensors")
+    unreached = args.lora is not None  # adapters of parts whose media have not been seen yet
+    watch = watch_adapter_gradients(model) if unreached and sharded else None
+    if main:
+        accelerator.init_trackers("tensorboard")
+    load = RouterLoad(model)
+    previews = Previews(args, processor)
     model.train()
-    bar = tqdm(total=args.steps, initial=step, mininterval=10)
-    log, sums, started = open(folder / "log.jsonl", "a"), [0.0, 0, 0.0], time.time()
-    for batch in loader:
+    bar = tqdm(total=args.steps, initial=step, mininterval=10, disable=not main)
+    log, total, skipped = open(folder / "log.jsonl", "a"), Totals(), 0
+    while step < args.steps:
         factor = cosine_factor(step, args.steps, args.warmup_fraction, args.min_learning_rate / args.learning_rate)
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * factor
-        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-        loss = model(**batch, use_cache=False, skip_logits=True).loss
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        if loss.isfinite() and norm.isfinite():
-            optimizer.step()
-        else:
-            accelerator.print(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}: skipped")
-        optimizer.zero_grad()
+        for optimizer, rates in zip(optimizers, peaks, strict=True):
+            for one, peak in zip(optimizer.param_groups, rates, strict=True):
+                one["lr"] = peak * factor
+        batches = list(islice(loader, accumulation))
+        infos = [rows.consumed(batch.pop("info")) for batch in batches]
+        own = batches
+        if world > 1:
+            batches = [distributed.pad_missing_modalities(batch, model_inside(model).config) for batch in batches]
+        if group is not None:
+            batches = [shard_batch(batch, rank % args.context_parallel, args.context_parallel) for batch in batches]
+        tokens = distributed.agree_on_step(accelerator, model, batches)
+        loss_sum = 0.0
+        for number, batch in enumerate(batches):
+            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            with distributed.microbatch(accelerator, model, number == len(batches) - 1):
+                output = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=max(tokens, 1) / world)
+                distributed.backward(accelerator, model, output.loss)
+            loss_sum += output.loss.detach().float()
+        if unreached:
+            unreached = bool(check_adapter_gradients(model, own, watch))
+        norm, applied = distributed.clip_and_step(accelerator, model, optimizers, args.max_grad_norm)
         step += 1
         bar.update()
-        sums = [sums[0] + loss.item(), sums[1] + int(batch["attention_mask"].sum()), sums[2] + float(norm)]
+        skipped = 0 if applied else skipped + 1
+        if not applied:
+            names = [name for info in infos for name in info["names"]]
+            accelerator.print(f"step {step}: gradient norm {norm}: skipped. Rows of process {rank}: {names[:20]}")
+            total.counts["skipped"] += 1
+            if skipped >= args.max_skipped:
+                raise OmniInputError(
+                    f"{skipped} steps in a row without a finite gradient (max_skipped), rows {names[:20]}"
+                )
+        total.add(accelerator.gather(loss_sum.reshape(1).to(accelerator.device)).mean().item(), norm, infos)
         if step % args.log_every == 0:
-            elapsed = time.time() - started
-            line = {
-                "step": step,
-                "loss": round(sums[0] / args.log_every, 4),
-                "grad_norm": round(sums[2] / args.log_every, 3),
-                "lr": factor * args.learning_rate,
-                "tokens_per_second": round(sums[1] / elapsed),
-                "packing": round(float(batch["attention_mask"].float().mean()), 3),
-            }
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            line = {"step": step, **total.line(readers), "lr": factor * args.learning_rate, **load.line()}
+            line["bad_rows"] = sum(lane["bad"] for lane in rows.state["lanes"].values())
+            if main:
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            accelerator.log({name: value for name, value in line.items() if name != "step"}, step)
             bar.set_postfix(loss=line["loss"], tok_s=line["tokens_per_second"])
-            sums, started = [0.0, 0, 0.0], time.time()
-        if step % args.save_every == 0 and step < args.steps:
-            write_checkpoint(folder, accelerator.unwrap_model(model), optimizer, step)
-        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
-            evaluate(accelerator.unwrap_model(model), processor, args, folder, step)
-            model.train()
-            started = time.time()
+            total = Totals()
+        last = step == args.steps
+        if step % args.save_every == 0 or last:
+            write_checkpoint(accelerator, folder, model, optimizers, {"step": step, "data": rows.state_dict()})
+        if args.eval_every and step % args.eval_every == 0 and not last and not sharded:
+            evaluate(accelerator, model_inside(model), processor, args, folder, step, previews)
+            total.started = time.time()
     bar.close()
-    model = accelerator.unwrap_model(model)
-    write_checkpoint(folder, model, optimizer, step)
-    model.save_pretrained(folder / "final")
-    processor.save_pretrained(folder / "final")
-    evaluate(model, processor, args, folder, step)
+    if args.lora is None:
+        save_final(accelerator, model, folder / "final", args.final_dtype)
+    else:
+        save_adapter(model_inside(model), folder / "final")
+    if main:
+        processor.save_pretrained(folder / "final")
+    table = {} if sharded else evaluate(accelerator, model_inside(model), processor, args, folder, step, previews)
+    if main:
+        write_model_card(folder, args, table)
+    accelerator.end_training()
 
 
-def evaluate(model, processor, args: SFTArguments, folder: Path, step: int) -> None:
-    """Held-out accuracy of every `nano:` skill in the blend, printed and added to `heldout.jsonl`."""
-    from .evaluation import heldout_accuracy
-
-    skills = [source["path"].removeprefix("nano:") for source in args.data if source["path"].startswith("nano:")]
-    model.eval()
-    table = heldout_accuracy(model, processor, skills, args.eval_samples)
-    with open(folder / "heldout.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, **table}) + "\n")
-    tqdm.write(f"step {step} held out: " + ", ".join(f"{skill} {value:.2f}" for skill, value in table.items()))
+def save_final(accelerator, model, folder: Path, dtype: str | None) -> None:
+    """The released layout, in `dtype` where one is asked for."""
+    distributed.save_released(accelerator, model, folder)
+    if dtype is not None and accelerator.is_main_process:
+        whole = OmniForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+        whole.save_pretrained(folder)
+    accelerator.wait_for_everyone()
 
 
-__all__ = ["SFTArguments", "load_arguments", "train_sft"]
+class Totals:
+    """Sums between two log lines."""
+
+    def __init__(self):
+        self.started, self.losses, self.norms, self.packing = time.time(), [], [], []
+        self.tokens, self.counts = Counter(), Counter()
+
+    def add(self, loss: float, norm: float, infos: list[dict]) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+        for info in infos:
+            self.tokens.update(info["tokens"])
+            self.packing.append(info["packing"])
+            self.counts["samples"] += info["samples"]
+            self.counts["trained"] += info["trained"]
+
+    def line(self, readers: int) -> dict:
+        """What is logged; tokens per second of all readers, counted on this one."""
+        seconds, tokens = time.time() - self.started, sum(self.tokens.values())
+        return {
+            "loss": round(sum(self.losses) / len(self.losses), 4),
+            "grad_norm": round(sum(self.norms) / len(self.norms), 3),
+            "tokens_per_second": round(tokens * readers / seconds),
+            "packing": round(sum(self.packing) / len(self.packing), 3),
+            "samples": self.counts["samples"],
+            "skipped": self.counts["skipped"],
+            **{f"share_{kind}": round(count / max(1, tokens), 3) for kind, count in self.tokens.items()},
+        }
+
+
+__all__ = ["GROUPS", "SFTArguments", "load_arguments", "train_sft"]

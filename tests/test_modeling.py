@@ -471,7 +471,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     loss, expected = gradients(model, batch)
     assert set(expected) == {name for name, p in model.named_parameters()}  # all towers, both embedders, all experts
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     if reentrant:
         model.enable_input_require_grads()
     again, actual = gradients(model, batch)

@@ -1,6 +1,12 @@
 """The first SFT stage for real, small: arguments, packing, freezing, resuming, tower pre-training."""
 
+import dataclasses
 import json
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,12 +15,22 @@ import yaml
 from safetensors.torch import load_file
 
 from modeling_omni.configuration_omni import OmniConfig
-from modeling_omni.data import Blend, collate_packed, encode_row, pack_greedily
+from modeling_omni.data import Blend, encode_row
 from modeling_omni.media import OmniInputError
 from modeling_omni.modeling_omni import OmniForConditionalGeneration
+from modeling_omni.packing import collate_packed, pack_rows
 from modeling_omni.pretraining import TowerArguments, pretrain_tower
 from modeling_omni.processing_omni import OmniProcessor
-from modeling_omni.training import GROUPS, SFTArguments, cosine_factor, group_of, load_arguments, train_sft
+from modeling_omni.training import (
+    GROUPS,
+    RECOMPUTED,
+    SFTArguments,
+    cosine_factor,
+    group_of,
+    load_arguments,
+    recompute_activations,
+    train_sft,
+)
 
 ROOT = Path(__file__).parents[1]
 SKILLS = ["text_copy", "image_colour", "video_direction"]
@@ -52,7 +68,10 @@ def stage(tiny_yaml, folder, **changes) -> SFTArguments:
         "output_dir": str(folder),
         "data": [{"path": f"nano:{skill}"} for skill in SKILLS],
         "steps": 6,
-        "rows_per_step": 4,
+        "weight_of": "rows",
+        "global_batch_size": 2,
+        "micro_batch_size": 2,
+        "row_tokens": 192,
         "save_every": 3,
         "eval_samples": 2,
         "log_every": 1,
@@ -62,8 +81,8 @@ def stage(tiny_yaml, folder, **changes) -> SFTArguments:
 
 
 def test_every_config_loads():
-    files = sorted((ROOT / "configs").glob("*/*.yaml"))
-    assert len(files) >= 5
+    files = [file for scale in ("nano", "30b") for file in sorted((ROOT / "configs" / scale).glob("*.yaml"))]
+    assert len(files) >= 12
     for file in files:
         text = file.read_text()
         for number, line in enumerate(text.splitlines(), 1):
@@ -101,11 +120,12 @@ def test_cosine_schedule():
 def test_packing_keeps_every_item_and_the_capacity():
     torch.manual_seed(0)
     lengths = torch.randint(1, 90, (200,)).tolist()
-    rows = pack_greedily(lengths, 128)
+    rows, left = pack_rows([(length, 0) for length in lengths], 128)
+    assert not left
     assert sorted(item for row in rows for item in row) == list(range(200))
     assert all(sum(lengths[item] for item in row) <= 128 for row in rows)
     assert sum(lengths) / (128 * len(rows)) > 0.9
-    assert pack_greedily([300, 5], 128) == [[0], [1]]
+    assert pack_rows([(300, 0), (5, 0)], 128)[0] == [[0], [1]]
 
 
 def test_packed_rows_equal_single_rows_in_loss_and_gradients(tiny_yaml):
@@ -141,6 +161,112 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny_yaml, tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
     assert [line["loss"] for line in lines[3:6]] == [line["loss"] for line in lines[6:]]
     assert set(json.loads((tmp_path / "cut" / "heldout.jsonl").read_text().splitlines()[-1])) == {"step", *SKILLS}
+
+
+def test_killed_run_resumes_to_the_same_bits(tiny_yaml, tmp_path):
+    changes = {"steps": 40, "save_every": 4, "eval_samples": 0, "report_to": [], "data": [{"path": "nano:text_sum"}]}
+    train_sft(stage(tiny_yaml, tmp_path / "whole", **changes))
+    config = tmp_path / "stage.yaml"
+    config.write_text(yaml.safe_dump(dataclasses.asdict(stage(tiny_yaml, tmp_path / "cut", **changes))))
+    command = [sys.executable, str(ROOT / "train.py"), "sft", "--config", str(config)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "cut").glob("*-8")) and process.poll() is None:  # step-8, or while it is written
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    train_sft(stage(tiny_yaml, tmp_path / "cut", **changes))
+    whole, cut = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    losses = {}
+    for run in ("whole", "cut"):  # steps that were run twice stand twice in the log
+        lines = [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        losses[run] = {line["step"]: line["loss"] for line in lines}
+    assert losses["whole"] == losses["cut"] and len(losses["cut"]) == 40
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_then_stop_the_run(tiny_yaml, tmp_path, capsys):
+    model = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(tiny_yaml.read_text())))
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    args = stage(tiny_yaml, tmp_path / "run", model=str(tmp_path / "broken"), model_config=None, max_skipped=3)
+    with pytest.raises(OmniInputError, match=r"3 steps in a row without a finite gradient.*nano:\w+, row \d+"):
+        train_sft(args)
+    assert capsys.readouterr().out.count("skipped. Rows") == 3
+
+
+def test_full_disk_keeps_the_last_checkpoint(tiny_yaml, tmp_path):
+    train_sft(stage(tiny_yaml, tmp_path, steps=3))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # every larger file fails as on a full disk
+    try:
+        with pytest.raises(OmniInputError, match=r"step-6 could not be written.*last good one is .*step-3"):
+            train_sft(stage(tiny_yaml, tmp_path, report_to=[]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("*-*") if path.is_dir()] == ["step-3"]
+    train_sft(stage(tiny_yaml, tmp_path))
+    assert (tmp_path / "step-6" / "model.safetensors").exists()
+
+
+def test_recomputation_changes_no_gradient(tiny_yaml):
+    torch.manual_seed(0)
+    model = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(tiny_yaml.read_text()))).train()
+    processor, blend = OmniProcessor.from_pretrained("nano"), Blend([{"path": f"nano:{skill}"} for skill in SKILLS])
+    batch = collate_packed([encode_row(blend[place], processor) for place in range(6)], 256)
+    gradients, kept = {}, {}
+    for parts in ([], ["vision"], ["language"], ["attention", "moe"], [*RECOMPUTED]):
+        recompute_activations(model, parts)
+        saved = []
+
+        def pack(tensor, saved=saved):
+            saved.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch, skip_logits=True, use_cache=False).loss
+        gradients[tuple(parts)] = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        kept[tuple(parts)] = sum(saved)
+    for parts, found in gradients.items():
+        for ours, plain in zip(found, gradients[()], strict=True):
+            assert (ours is None and plain is None) or torch.allclose(ours, plain, atol=1e-6), parts
+    assert kept[tuple(RECOMPUTED)] < kept[("language",)] < kept[("attention", "moe")] < kept[()]
+    assert kept[("vision",)] < kept[()]
+    with pytest.raises(ValueError, match="recompute: unknown parts"):
+        recompute_activations(model, ["towers"])
+
+
+def test_weights_are_shares_of_tokens_and_a_run_leaves_its_reports(tiny_yaml, tmp_path, capsys):
+    data = [{"path": "nano:text_copy", "weight": 1}, {"path": "nano:image_colour", "weight": 1}]
+    args = stage(tiny_yaml, tmp_path, weight_of="tokens", data=data, previews=2, optimizer="muon")
+    train_sft(args)
+    resolved = yaml.safe_load((tmp_path / "config.resolved.yaml").read_text())
+    short, long = (source["mean_tokens"] for source in resolved["data"])
+    assert short < long
+    shown = capsys.readouterr().out
+    assert "trained" in shown and "memory of each" in shown and "router" in shown
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert {"busiest_expert", "tokens_per_second", "share_image", "packing", "bad_rows"} <= set(line)
+    assert len((tmp_path / "previews.jsonl").read_text().splitlines()) == 2
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert "nano:image_colour | 50.0 %" in card and "held-out skill" in card
+    assert list(tmp_path.glob("**/events.out.tfevents*"))
+    with pytest.raises(ValueError, match="optimizer must be"):
+        train_sft(stage(tiny_yaml, tmp_path / "other", optimizer="sgd"))
+
+
+def test_adapters_train_resume_and_merge(tiny_yaml, tmp_path):
+    model = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(tiny_yaml.read_text())))
+    model.save_pretrained(tmp_path / "base")
+    OmniProcessor.from_pretrained("nano").save_pretrained(tmp_path / "base")
+    start = {"model": str(tmp_path / "base"), "model_config": None, "processor": None, "lora": {"r": 4}}
+    start |= {"warmup_fraction": 0.0, "min_learning_rate": 1e-3}  # a constant rate
+    for run, steps in (("whole", [6]), ("cut", [3, 6])):
+        for number in steps:
+            train_sft(stage(tiny_yaml, tmp_path / run, **start, steps=number))
+    whole, cut = (load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert any(value.abs().max() > 0 for name, value in whole.items() if "lora_B" in name)
 
 
 def test_only_the_named_groups_change(tiny_yaml, tmp_path):

@@ -7,6 +7,7 @@ with training, and no scene, two-digit sum, real printed word or random string o
 """
 
 import random
+import re
 from functools import partial
 
 import numpy as np
@@ -23,9 +24,14 @@ def _from_text(make, rng: random.Random, split: str) -> tuple[list, str, str, st
     return [], *make(rng, split)
 
 
-def _from_image(make, kind: str, rng: random.Random, split: str) -> tuple[list, str, str, str]:
-    image, question, answer, thought = make(kind, rng, split)
+def _from_image(make, rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    image, question, answer, thought = make(rng, split)
     return [{"type": "image", "image": image}], question, answer, thought
+
+
+def _from_pages(rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    pictures, question, answer, thought = images.pages_sample(rng, split)
+    return [{"type": "image", "image": picture} for picture in pictures], question, answer, thought
 
 
 def _from_video(make, rng: random.Random, split: str) -> tuple[list, str, str, str]:
@@ -73,22 +79,30 @@ _SKILLS = {
     "text_motion": partial(_from_text, text.motion),
     "text_heard_motion": partial(_from_text, text.heard_motion),
     "text_heard_picture": partial(_from_text, text.heard_picture),
+    "text_button": partial(_from_text, text.button),
+    "text_turns": partial(_from_text, text.turns),
+    "text_pages": partial(_from_text, text.pages),
     "text_chat": partial(_from_text, text.chat),
-    **{f"image_{kind}": partial(_from_image, images.shapes_sample, kind) for kind in SHAPE_KINDS},
+    **{f"image_{kind}": partial(_from_image, partial(images.shapes_sample, kind)) for kind in SHAPE_KINDS},
     **{
-        f"image_{kind}": partial(_from_image, images.reading_sample, kind) for kind in ("word", "digits", "handwritten")
+        f"image_{kind}": partial(_from_image, partial(images.reading_sample, kind))
+        for kind in ("word", "digits", "handwritten")
     },
+    "image_pages": _from_pages,
+    "image_button": partial(_from_image, images.button_sample),
     **{f"speech_{kind}": partial(_hear, kind) for kind in ("digits", "words", "count")},
     **{
         f"video_{kind}": partial(_from_video, partial(video.motion_sample, kind))
         for kind in ("direction", "mover", "describe_motion")
     },
+    "video_turns": partial(_from_video, video.turns_sample),
     "video_heard_motion": partial(_from_video, video.heard_motion_sample),
     "heard_picture": _heard_picture,
 }
 SKILLS = tuple(_SKILLS)
 # share of samples whose answer comes after a thought
 _THINK_RATE = {"text_math": 1.0}
+POINTING_SKILLS = ("image_button", "text_button")
 
 
 def make_sample(skill: str, seed: int, split: str = "train", think: bool | None = None) -> dict:
@@ -119,9 +133,17 @@ def make_sample(skill: str, seed: int, split: str = "train", think: bool | None 
 def score(sample: dict, answer: str) -> bool:
     """Whether `answer` (text after `</think>`) is the sample's answer, but for case, spaces and a last full stop.
 
+    A point (of POINTING_SKILLS) is right where it lies on the button.
+
     Words read from pictures are upper-case in both, so case never hides a mistake there.
     """
     expected = sample["messages"][-1]["content"]
+    if sample["skill"] in POINTING_SKILLS:  # a button is at least 30 x 18 percent of the picture
+        points = [re.fullmatch(r"\(?(\d+)[, ]+(\d+)\)?", _normal(point)) for point in (answer, expected)]
+        if None in points:
+            return False
+        (x, y), (to_x, to_y) = (map(int, point.groups()) for point in points)
+        return abs(x - to_x) <= 12 and abs(y - to_y) <= 7
     return _normal(answer) == _normal(expected)
 
 

@@ -337,6 +337,73 @@ def reading_sample(kind: str, rng: random.Random, split: str) -> tuple[Image.Ima
     return finish(picture, rng), scenes.vary(question, rng), answer, " ".join(shown)
 
 
+@dataclass
+class Button:
+    """A button of a drawn screen; box (left, top, right, bottom) and centre (x, y) in percent of the picture."""
+
+    colour: str
+    label: str
+    box: tuple[int, int, int, int]
+
+    @property
+    def point(self) -> str:
+        left, top, right, bottom = self.box
+        return f"{(left + right) // 2} {(top + bottom) // 2}"
+
+
+def random_buttons(rng: random.Random, split: str) -> list[Button]:
+    """Two to four buttons of different colours and labels that do not touch, in a 2 x 3 raster with play."""
+    cells = rng.sample([(row, column) for row in range(3) for column in range(2)], rng.randint(2, 4))
+    colours, buttons = rng.sample(list(COLOURS), len(cells)), []
+    while len(buttons) < len(cells):
+        (row, column), colour = cells[len(buttons)], colours[len(buttons)]
+        label = random_label(rng, split)
+        if any(label == button.label for button in buttons):
+            continue
+        width, height = rng.randint(30, 42), rng.randint(18, 25)
+        left, top = 4 + 48 * column + rng.randint(0, 44 - width), 4 + 32 * row + rng.randint(0, 28 - height)
+        buttons.append(Button(colour, label, (left, top, left + width, top + height)))
+    return buttons
+
+
+def random_label(rng: random.Random, split: str) -> str:
+    """What stands on a button: one or two characters, or a short printed word."""
+    if rng.random() < 0.7:
+        return "".join(rng.choices(CHARACTERS, k=rng.randint(1, 2)))
+    return rng.choice([word for word in text.PRINTED_WORDS[split] if len(word) <= 4])
+
+
+def draw_buttons(buttons: list[Button], rng: random.Random, split: str) -> np.ndarray:
+    """Paints a screen: a plain ground, round-cornered buttons and their labels."""
+    height, width = random_size(rng)
+    tones = {button.colour: jittered(button.colour, rng) for button in buttons}
+    picture, _ = background(rng, height, width, list(tones.values()))
+    for button in buttons:
+        left, right = (round(button.box[i] * width / 100) for i in (0, 2))
+        top, bottom = (round(button.box[i] * height / 100) for i in (1, 3))
+        mask = Image.new("L", (4 * (right - left), 4 * (bottom - top)))
+        ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), rng.randint(0, 24), fill=255)
+        paint(picture, np.asarray(mask.reduce(4), np.float32) / 255, left, top, tones[button.colour])
+        inside = (left + 2, top + 2, right - 2, bottom - 2)
+        _write(picture, tones[button.colour], button.label, inside, rng, split)
+    return picture
+
+
+def button_sample(rng: random.Random, split: str) -> tuple[Image.Image, str, str, str]:
+    """A screen and the button to press, named by its colour or its label; the answer is its centre in percent."""
+    buttons = random_buttons(rng, split)
+    question, answer, thought = text.ask_button(buttons, rng)
+    return finish(draw_buttons(buttons, rng, split), rng), scenes.vary(question, rng), answer, thought
+
+
+def pages_sample(rng: random.Random, split: str) -> tuple[list[Image.Image], str, str, str]:
+    """A document of several pages, a picture each, with one word or number on every page."""
+    pages = text.random_pages(rng, split)
+    question, answer, thought = text.ask_pages(pages, rng)
+    pictures = [finish(draw_word(page, rng, split)[0], rng) for page in pages]
+    return pictures, scenes.vary(question, rng), answer, thought
+
+
 def dense_labels(inks: list[Ink], height: int, width: int) -> np.ndarray:
     """Labels int64 [2, height / 4, width / 4]: thing (THING_CLASSES) and colour (COLOUR_CLASSES) of every 4x4 cell.
 

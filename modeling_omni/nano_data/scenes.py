@@ -202,6 +202,25 @@ def ask_motion(kind: str, things: list[Thing], rng: random.Random, noun: str) ->
     raise ValueError(f"unknown kind of question {kind!r}")
 
 
+def random_turns(rng: random.Random) -> list[str]:
+    """Two to four motions, no two alike in a row."""
+    motions: list[str] = []
+    for _ in range(rng.randint(2, 4)):
+        motions.append(rng.choice([motion for motion in MOTIONS if motions[-1:] != [motion]]))
+    return motions
+
+
+def ask_turns(thing: Thing, motions: list[str], rng: random.Random) -> tuple[str, str, str]:
+    """A question about one shape's motions in their order: question, answer, thought."""
+    told = f"{thing.name} moves {', '.join(motions)}"
+    return *rng.choice((
+        (f"Which way does the {thing.shape} move first?", motions[0]),
+        (f"Which way does the {thing.shape} move last?", motions[-1]),
+        (f"How many times does the {thing.shape} change its way?", str(len(motions) - 1)),
+        (f"Which ways does the {thing.shape} move?", ", ".join(motions)),
+    )), told  # fmt: skip
+
+
 def vary(question: str, rng: random.Random) -> str:
     """People also type without capitals and without the question mark."""
     if rng.random() < 0.2:

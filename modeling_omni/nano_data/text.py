@@ -124,6 +124,45 @@ def motion(rng: random.Random, split: str) -> Exchange:
     return f"{fact}.\n{scenes.vary(question, rng)}", answer, scenes.describe(things)
 
 
+def turns(rng: random.Random, split: str) -> Exchange:
+    """The twin of longer clips."""
+    (thing,) = split_scene(lambda: scenes.random_things(rng, 1), split)
+    motions = scenes.random_turns(rng)
+    question, answer, thought = scenes.ask_turns(thing, motions, rng)
+    return f"{thing.name} moves {', then '.join(motions)}.\n{scenes.vary(question, rng)}", answer, thought
+
+
+def random_pages(rng: random.Random, split: str) -> list[str]:
+    """What stands on two to six pages: words and numbers, all different."""
+    pages: list[str] = []
+    count = rng.randint(2, 6)
+    while len(pages) < count:
+        page = printed_word(rng, split) if rng.random() < 0.5 else random_string(rng, "0123456789", 1, 3, split)
+        if page not in pages:
+            pages.append(page)
+    return pages
+
+
+def ask_pages(pages: list[str], rng: random.Random) -> tuple[str, str, str]:
+    """A question about pages in their order: question, answer, thought."""
+    number = rng.randrange(len(pages))
+    told = ", ".join(f"page {place} {page}" for place, page in enumerate(pages, 1))
+    return *rng.choice((
+        (f"What is on page {number + 1}?", pages[number]),
+        (f"On which page is {pages[number]}?", str(number + 1)),
+        ("How many pages are there?", str(len(pages))),
+        ("What is on the last page?", pages[-1]),
+    )), told  # fmt: skip
+
+
+def pages(rng: random.Random, split: str) -> Exchange:
+    """The twin of several pages."""
+    shown = random_pages(rng, split)
+    question, answer, thought = ask_pages(shown, rng)
+    fact = ". ".join(f"Page {place}: {page}" for place, page in enumerate(shown, 1))
+    return f"{fact}.\n{scenes.vary(question, rng)}", answer, thought
+
+
 def heard_motion(rng: random.Random, split: str) -> Exchange:
     """The twin of a video with sound."""
     things = split_scene(lambda: scenes.moving_things(rng), split)
@@ -139,6 +178,24 @@ def heard_picture(rng: random.Random, split: str) -> Exchange:
     shown = ", ".join(thing.sentence() for thing in rng.sample(things, len(things)))
     fact = f"{shown}. A voice says {' '.join(words)}."
     return f"{fact}\n{scenes.vary(question, rng)}", answer, thought_heard_motion(things, words)
+
+
+def ask_button(buttons: list, rng: random.Random) -> tuple[str, str, str]:
+    """Which of the buttons (`images.Button`) to press: question, answer (its centre in percent), thought."""
+    button = rng.choice(buttons)
+    name = f"the {button.colour} button" if rng.random() < 0.5 else f"the button {button.label}"
+    question = rng.choice((f"Point at {name}.", f"Click {name}.", f"Where do I click for {name}?"))
+    return question, button.point, f"{button.colour} button {button.label} at {button.point}"
+
+
+def button(rng: random.Random, split: str) -> Exchange:
+    """The twin of pointing at a button."""
+    from .images import random_buttons
+
+    buttons = random_buttons(rng, split)
+    question, answer, thought = ask_button(buttons, rng)
+    fact = ", ".join(f"{one.colour} button {one.label} at {one.point}" for one in buttons)
+    return f"{fact}.\n{scenes.vary(question, rng)}", answer, thought
 
 
 def thought_heard_motion(things: list[scenes.Thing], words: list[str]) -> str:

@@ -52,16 +52,24 @@ def draw_clip(
             if min(MOTIONS[thing.motion]) < 0:  # left or up
                 along = along[::-1]
         paths.append((along, np.full(count, across)) if horizontal else (np.full(count, across), along))
+    return render(things, masks, paths, [colours[thing.colour] for thing in things], ground, rng)
+
+
+def render(
+    things: list[scenes.Thing], masks: list[np.ndarray], paths: list[tuple], tones: list, ground: np.ndarray, rng
+) -> tuple[np.ndarray, list[list[images.Ink]]]:
+    """Frames of things along their paths (x of every frame, y of every frame), with a camera's faults; and the inks."""
+    count, (height, width, _) = len(paths[0][0]), ground.shape
     shake = rng.uniform(0, 0.6) if rng.random() < 0.3 else 0.0
     gain, shift, noise = rng.uniform(0.92, 1.05), rng.uniform(-8, 8), rng.uniform(0, 7) if rng.random() < 0.7 else 0.0
     quality = rng.randint(55, 95) if rng.random() < 0.2 else None
     frames, inks = np.empty((count, height, width, 3), np.uint8), []
     for number in range(count):
         picture, painted = ground.copy(), []
-        for thing, mask, (xs, ys) in zip(things, masks, paths, strict=True):
+        for thing, mask, (xs, ys), tone in zip(things, masks, paths, tones, strict=True):
             x = round(xs[number] + shake * rng.uniform(-1, 1) - mask.shape[1] / 2)
             y = round(ys[number] + shake * rng.uniform(-1, 1) - mask.shape[0] / 2)
-            images.paint(picture, mask, x, y, colours[thing.colour])
+            images.paint(picture, mask, x, y, tone)
             painted.append(images.Ink(mask, x, y, 1 + SHAPES.index(thing.shape), 1 + list(COLOURS).index(thing.colour)))
         picture = picture * gain + shift
         if noise:
@@ -104,6 +112,25 @@ def heard_motion_sample(rng: random.Random, split: str) -> tuple:
     sound[begin : begin + len(audio)] = audio
     thought = text.thought_heard_motion(things, words)
     return as_clip(frames, rate, sound), scenes.vary(question, rng), answer, thought
+
+
+def turns_sample(rng: random.Random, split: str) -> tuple:
+    """A longer clip: one shape that moves two to four times, each time another way."""
+    (thing,) = text.split_scene(lambda: scenes.random_things(rng, 1), split)
+    motions = scenes.random_turns(rng)
+    side, part = rng.choice((64, 96)), rng.choice((4, 6))
+    steps = np.repeat([MOTIONS[motion] for motion in motions], part, axis=0).astype(float)  # [T, 2]
+    corners = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])[:-1] / part
+    low, high = corners.min(0), corners.max(0)
+    stride = min(rng.uniform(0.3, 0.5), 0.62 / (high - low).max())
+    start = [rng.uniform(0.19 - stride * a, 0.81 - stride * b) for a, b in zip(low, high, strict=True)]
+    xs, ys = ((start + stride * corners) * side).T
+    tone = images.jittered(thing.colour, rng)
+    ground, _ = images.background(rng, side, side, [tone])
+    mask = images.shape_mask(thing.shape, rng.uniform(0.13, 0.18) * side, rng)
+    frames, _ = render([thing], [mask], [(xs, ys)], [tone], ground, rng)
+    question, answer, thought = scenes.ask_turns(thing, motions, rng)
+    return as_clip(frames, rng.choice(FRAME_RATES)), scenes.vary(question, rng), answer, thought
 
 
 def dense_video_sample(seed: int, split: str = "train") -> tuple[np.ndarray, np.ndarray]:
