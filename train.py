@@ -3,6 +3,7 @@
 Commands:
     sft     one supervised stage (paper 3.1); with --check-data it only reads the data and reports on them
     tower   pre-training of nano's vision or audio tower on dense labels
+    report  what every skill scored after every stage, as a table and a plot
     plan    memory, batches and steps of stages on given GPUs; computes, trains nothing
 
 Several processes: `accelerate launch --config_file configs/accelerate/<name>.yaml train.py sft --config ...`.
@@ -26,6 +27,10 @@ def main() -> None:
         from modeling_omni.training import load_arguments
 
         pretrain_tower(load_arguments(TowerArguments, argv))
+    elif command == "report":
+        from modeling_omni.reporting import report_command
+
+        report_command(argv)
     elif command == "plan":
         from modeling_omni.planning import plan_command
 

@@ -2,8 +2,9 @@
 
 A source is a JSONL, JSON or Parquet file (or a pattern of them), `datasets:<name>` (anything that library opens), or
 `nano:<skill>`, a task of `nano_data` made on the fly. Which row stands at which place of a blend is a function of
-(seed, place) alone, so training resumes at the exact row without reading what went before, and every process works out
-its own share. Streamed sources have no places; there the reader's own position is kept (`Stream`).
+(seed, place), weights and numbers of rows alone, so training resumes at the exact row without reading what went before,
+and every process works out its own share. Streamed sources have no places; there the reader's own position is kept
+(`Stream`).
 """
 
 import copy
@@ -12,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+from array import array
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -21,16 +23,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .data_adapters import FORMATS, TEMPLATES, adapt_row
+from .data_adapters import KINDS as MEDIA_KINDS
 from .media import OmniInputError
 
 logger = logging.getLogger(__name__)
+
+KINDS = ("text", *MEDIA_KINDS)  # by value of mm_token_type_ids
 
 # Keys of a source (the `data` of a configuration).
 SOURCE_KEYS = {
     "path": "file or pattern (.jsonl, .json, .parquet), datasets:<name>, or nano:<skill>",
     "weight": "share of the blend's tokens (of its rows where mean_tokens is not known)",
     "limit": "use the first so many rows only",
-    "mean_tokens": "tokens of a row on average; measured when not given",
+    "mean_tokens": "tokens of a row on average (measured when not given); with it, weights are shares of tokens",
     "streaming": "read in order instead of at random places",
     "format": f"form of the rows, one of {', '.join(FORMATS)}; see adapt_row",
     "template": f"for questions with options, one of {', '.join(TEMPLATES)}",
@@ -43,17 +48,23 @@ class TooLong(OmniInputError):
     """A row over the tokens or the media cost that one packed row may have."""
 
 
+class NothingToLearn(OmniInputError):
+    """A row without any trained token."""
+
+
 class JsonlRows:
-    """Rows of a JSONL file by number, found through an index of line starts (the file is never held in memory)."""
+    """Rows of a JSONL file by number, found through an index of line starts (8 bytes each).
+
+    Making the index reads the file through once; `streaming: true` starts at once.
+    """
 
     def __init__(self, path: str):
-        self.path, starts, position = path, [], 0
+        self.path, self.starts, position = path, array("q"), 0
         with open(path, "rb") as file:
             for line in file:
                 if line.strip():
-                    starts.append(position)
+                    self.starts.append(position)
                 position += len(line)
-        self.starts = np.array(starts, np.int64)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -66,16 +77,18 @@ class JsonlRows:
 
 def parse_line(line: bytes) -> dict:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         raise OmniInputError(f"not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise OmniInputError(f"a JSON object is needed, not {type(row).__name__}")
-    return row
 
 
 class TableRows:
-    """Rows of a `datasets.Dataset` by number; media stay undecoded and fields that Arrow added as null are dropped."""
+    """Rows of a `datasets.Dataset` by number; media stay undecoded.
+
+    `datasets` keeps an Arrow copy of what it opens, of about the same size, in its cache (HF_DATASETS_CACHE). Arrow
+    gives every row all fields, so null fields are dropped; a null that means something (in the arguments of a tool
+    call, say) must stand in JSON text, which messages and tools may be.
+    """
 
     def __init__(self, table):
         self.table = table.with_format("arrow")
@@ -109,7 +122,7 @@ class NanoRows:
 
 
 def source_files(path: str) -> list[str]:
-    files = sorted(glob.glob(path)) or [path]
+    files = sorted(glob.glob(path, recursive=True)) or [path]
     for file in files:
         if not Path(file).is_file():
             hint = "'nano:<skill>' or 'datasets:<name>' for other sources"
@@ -146,7 +159,7 @@ def open_file(file: str, spec: dict):
         return JsonlRows(file)
     try:
         rows = json.loads(Path(file).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OmniInputError(f"{file}: not JSON ({error}); one object per line goes into a .jsonl file") from error
     if not isinstance(rows, list):
         raise OmniInputError(f"{file}: a .json file must hold one list of rows")
@@ -191,8 +204,9 @@ def finish_row(read, spec: dict, file: str, row: int) -> dict:
     folder = None if file.startswith(("nano:", "datasets:")) else Path(file).parent
     try:
         return adapt_row(read(), spec.get("format"), spec.get("template", "mixed"), folder)
-    except OmniInputError as error:
-        raise OmniInputError(f"{file}, row {row}: {error}") from error
+    except Exception as error:  # RecursionError of json, Arrow's errors, ...: one row does not end a run
+        kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
+        raise OmniInputError(f"{file}, row {row}: {kind}{error}") from error
 
 
 class Stream:
@@ -225,7 +239,13 @@ class Stream:
             self.iterator = self._lines() if self.is_jsonl else self._tables()
         limit = self.spec.get("limit")
         limit = limit and max(1, limit // self.lanes)
-        item = None if limit and self.position["rows"] >= limit else next(self.iterator, None)
+        try:
+            item = None if limit and self.position["rows"] >= limit else next(self.iterator, None)
+        except Exception as error:  # a reader that failed cannot go on behind the place
+            raise OmniInputError(
+                f"{self.path}: reader {self.lane + 1} of {self.lanes} fails after {self.position['rows']} rows "
+                f"({type(error).__name__}: {error}); repair the file, or drop streaming to pass over such rows"
+            ) from error
         if item is None:
             if not self.position["rows"]:
                 raise OmniInputError(
@@ -272,6 +292,15 @@ class Stream:
             self.table.set_epoch(state["epoch"])
             if table is not None:
                 self.table.load_state_dict(copy.deepcopy(table))
+
+    def go_to(self, state: dict) -> None:
+        """`load_state_dict`, but reads on to a position ahead where loading would skip through the shard again."""
+        here, there = ((at["epoch"], at["rows"]) for at in (self.position, state))
+        if self.is_jsonl or self.iterator is None or here > there:
+            self.load_state_dict(state)
+            return
+        while (self.position["epoch"], self.position["rows"]) < there:
+            next(self)
 
 
 # --------------------------------------------------------------------------------------------------- blends
@@ -326,9 +355,9 @@ class Blend(Dataset):
         check_sources(sources)
         measured = [source for source in sources if source.get("mean_tokens")]
         if measured and len(measured) < len(sources):
-            raise ValueError("mean_tokens must be given for every source in data or for none")
+            raise OmniInputError("mean_tokens must be given for every source in data or for none")
         self.specs, self.seed = sources, seed
-        shares = [float(source.get("weight", 1.0)) / float(source.get("mean_tokens") or 1.0) for source in sources]
+        shares = [float(source.get("weight") or 1.0) / float(source.get("mean_tokens") or 1.0) for source in sources]
         ends = [int(end / sum(shares) * TURN) for end in accumulate(shares)]
         self.bounds = [0, *ends[:-1], TURN]
         self.offset = hashed(seed) % TURN
@@ -348,7 +377,7 @@ class Blend(Dataset):
             raise TypeError(f"{self.specs[source]['path']} is streamed: its rows have no places")
         turn = self._places_below(place, source + 1) - self._places_below(place, source)  # this source's earlier rows
         epoch, turn = divmod(turn, len(rows))
-        return source, shuffled(turn, len(rows), f"{self.seed}/{self.specs[source]['path']}/{epoch}")
+        return source, shuffled(turn, len(rows), f"{self.seed}/{source}/{epoch}")
 
     def _places_below(self, place: int, bound: int) -> int:
         """How many places before `place` lie on the circle before `bounds[bound]`."""
@@ -372,25 +401,38 @@ class Blend(Dataset):
 
 
 def check_sources(sources: list[dict]) -> None:
-    """Raises for keys and values that no source has."""
+    """Raises OmniInputError for keys and values that no source has."""
     if not sources:
-        raise ValueError("data is empty: give at least one source {path, weight}")
+        raise OmniInputError("data is empty: give at least one source {path, weight}")
     for source in sources:
+        if not isinstance(source, dict) or not isinstance(source.get("path"), str):
+            raise OmniInputError(f"a source in data is {source!r:.80}; give {{path: ..., weight: ...}}")
         unknown = set(source) - set(SOURCE_KEYS)
-        if unknown or "path" not in source:
-            raise ValueError(
-                f"unknown keys in data: {sorted(unknown)}; a source has path and any of {list(SOURCE_KEYS)}"
-            )
-        weight = float(source.get("weight", 1.0))
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"{source['path']}: weight is {weight}; give a positive number or drop the source")
+        if unknown:
+            raise OmniInputError(f"unknown keys in data: {sorted(unknown)}; a source has any of {list(SOURCE_KEYS)}")
+        for key in ("weight", "limit", "mean_tokens"):
+            value = source.get(key)
+            try:  # YAML reads 1e-3 as text
+                right = value is None or 0 < float(value) < math.inf and (key != "limit" or isinstance(value, int))
+            except (TypeError, ValueError):
+                right = False
+            if not right:
+                kind = "whole" if key == "limit" else "positive"
+                raise OmniInputError(f"{source['path']}: {key} is {value!r}; give a {kind} number above 0 or drop it")
         for key, known in (("format", FORMATS), ("template", TEMPLATES)):
             if source.get(key) is not None and source[key] not in known:
-                raise ValueError(f"{source['path']}: {key} is {source[key]!r}; use one of {', '.join(known)}")
-        if source.get("streaming") and source["path"].startswith("nano:"):
-            raise ValueError(f"{source['path']}: nano tasks are made at random places; drop streaming")
+                raise OmniInputError(f"{source['path']}: {key} is {source[key]!r}; use one of {', '.join(known)}")
+        if source["path"].startswith("nano:"):
+            from .nano_data import SKILLS
+
+            if source["path"].removeprefix("nano:") not in SKILLS:
+                raise OmniInputError(f"{source['path']}: no such nano task; known: {', '.join(SKILLS)}")
+            if source.get("streaming"):
+                raise OmniInputError(f"{source['path']}: nano tasks are made at random places; drop streaming")
         if source.get("streaming") and source["path"].endswith(".json"):
-            raise ValueError(f"{source['path']}: one JSON list cannot be streamed; write a row per line into a .jsonl")
+            raise OmniInputError(
+                f"{source['path']}: one JSON list cannot be streamed; write a row per line into a .jsonl"
+            )
 
 
 # --------------------------------------------------------------------------------------------------- samples
@@ -414,8 +456,14 @@ def encode_row(
 
     Raises:
         TooLong: over `row_tokens` or `media_tokens`.
-        OmniInputError: a malformed row, media that cannot be read, nothing to learn.
+        NothingToLearn: no trained token.
+        OmniInputError: a malformed row, media that cannot be read.
     """
+    kinds = media_kinds(row["messages"])
+    images = processor.image_processor  # every picture has at least its smallest grid: too many are not even decoded
+    least = len(kinds) + kinds.count("image") * (images.min_num_patches // images.merge_size**2 // 2)
+    if row_tokens is not None and least > row_tokens and not options.get("max_media_tokens"):
+        raise TooLong(f"{len(kinds)} media items are over {least} tokens; limit {row_tokens} of a packed row")
     sample = processor.apply_chat_template(
         row["messages"],
         tools=row.get("tools"),
@@ -436,8 +484,16 @@ def encode_row(
     if media_tokens is not None and cost > media_tokens:
         raise TooLong(f"media cost {cost} (patches and sound frames); limit {media_tokens} of a packed row")
     if not (sample["labels"][:, 1:] != -100).any():
-        raise OmniInputError("nothing to learn: no assistant text")
+        raise NothingToLearn("nothing to learn: no assistant text")
     return sample
+
+
+def media_kinds(messages: list[dict]) -> list[str]:
+    """Kind of every media part of a row, as far as its messages are well formed."""
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    kinds = [str(part.get("type")).removeprefix("input_").removesuffix("_url") for part in parts]
+    return [kind for kind in kinds if kind in MEDIA_KINDS]
 
 
 TOKEN_INPUTS = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")
@@ -452,7 +508,10 @@ def cost_of(sample: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 
 def frame_patches(choices: list[int] | None, seed: int, place: int) -> dict[str, int]:
-    """The random target patches of a row's video frames (paper 3.1: 256, 512, 768 or 1,024), as a processor option."""
+    """The random target patches of video frames (paper 3.1: 256, 512, 768 or 1,024), as a processor option.
+
+    One is drawn for each row, for all its videos.
+    """
     return {"video_target_num_patches": choices[hashed(seed, place, "patches") % len(choices)]} if choices else {}
 
 
@@ -467,16 +526,16 @@ class _Lengths(Dataset):
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> int:
+        streamed = next(self.rows)[2] if isinstance(self.rows, Stream) else None
         try:
-            if isinstance(self.rows, Stream):
-                row = next(self.rows)[2]
-                if isinstance(row, OmniInputError):
-                    raise row
-            else:
+            if isinstance(streamed, OmniInputError):
+                raise streamed
+            row = streamed
+            if row is None:
                 row = self.rows[shuffled(self.numbers[index], len(self.rows), "lengths")]
             options = frame_patches(self.patches, 0, self.numbers[index])
             return encode_row(row, self.processor, **self.limits, **options)["input_ids"].shape[1]
-        except OmniInputError:
+        except Exception:  # as in training, where it is named
             return 0
 
 
@@ -489,7 +548,7 @@ def measure_mean_tokens(
     samples: tuple[int, int] = (64, 1024),
     **limits,
 ) -> list[dict]:
-    """The sources with `mean_tokens`, measured on random rows where it is not given.
+    """The sources with `mean_tokens`, measured where it is not given, on random rows or the first of a stream.
 
     Rows are drawn until the standard error is below `accuracy` of the mean (at least `samples[0]`, at most
     `samples[1]`, or all rows). Refused rows count with 0 tokens, as in training. Store the result (the resolved

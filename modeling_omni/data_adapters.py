@@ -1,8 +1,10 @@
 """Rows as people have them -> {"messages": [...], "tools": [...]}: LLaVA, ShareGPT, swift, TRL, questions with options.
 
 In LLaVA, ShareGPT and swift rows the marks `<image>`, `<video>`, `<audio>` in a text are places of media; nowhere else.
-In messages of our own, text is text whatever it spells. The templates for questions follow Nemotron-CrossThink: one row
-of any field becomes multiple choice or open form, so that the space of answers is known and the answer can be checked.
+A row's columns say which marks count: `<video>` is text in a row without videos. In messages of our own, text is text
+whatever it spells. Media paths may be absolute and may lead out of the file's folder (`../`): rows can name any file
+that the user may read. The templates for questions follow Nemotron-CrossThink: one row of any field becomes multiple
+choice or open form, so that the space of answers is known and the answer can be checked.
 """
 
 import json
@@ -16,7 +18,7 @@ from .prompt_omni import source_keys
 FORMATS = ("messages", "llava", "sharegpt", "swift", "qa")
 TEMPLATES = ("multiple_choice", "open", "mixed")
 KINDS = ("image", "video", "audio")
-_MARKS = re.compile("(<image>|<video>|<audio>)")
+_PATH_KEYS = ("path", "url", *KINDS, *(f"{kind}_url" for kind in KINDS))
 _TURNS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURNS |= {"function_call": "assistant", "observation": "tool", "tool": "tool"}
 # questions that mean nothing without their options
@@ -40,8 +42,11 @@ def adapt_row(row: dict, form: str | None = None, template: str = "mixed", folde
     Raises:
         OmniInputError: what is missing or does not fit.
     """
+    if not isinstance(row, dict):
+        raise OmniInputError(f"a JSON object is needed, not {type(row).__name__}")
     form = form or ("sharegpt" if "conversations" in row else "messages")
     try:
+        columns = {kind: _column(row, kind) for kind in KINDS}
         if form in ("llava", "sharegpt"):
             messages = _read_turns(row)
         elif form == "qa":
@@ -49,14 +54,16 @@ def adapt_row(row: dict, form: str | None = None, template: str = "mixed", folde
         elif "messages" in row:
             messages = [dict(message) for message in _parsed(row["messages"])]
         elif "prompt" in row and "completion" in row:  # TRL
+            if isinstance(row["prompt"], str) and not row["prompt"].lstrip().startswith("["):
+                raise OmniInputError("'prompt' is plain text; give prompt and completion as lists of messages")
             messages = [dict(message) for name in ("prompt", "completion") for message in _parsed(row[name])]
         else:
             raise OmniInputError(f"no 'messages' or 'conversations' among its keys {sorted(row)[:12]}")
         if form not in ("messages", "qa"):
             for message in messages:
                 if message["role"] != "assistant" and isinstance(message.get("content"), str):
-                    message["content"] = _split_marks(message["content"])
-        _fill_parts(messages, {kind: _column(row, kind) for kind in KINDS})
+                    message["content"] = _split_marks(message["content"], columns)
+        _fill_parts(messages, columns)
         if folder is not None:
             _resolve_paths(messages, folder)
         tools = _parsed(row.get("tools"))
@@ -87,13 +94,13 @@ def _read_turns(row: dict) -> list[dict]:
     return messages
 
 
-def _split_marks(text: str) -> str | list[dict]:
-    parts = [
-        {"type": piece[1:-1]} if _MARKS.fullmatch(piece) else {"type": "text", "text": piece}
-        for piece in _MARKS.split(text)
-        if piece
-    ]
-    return parts if any(part["type"] != "text" for part in parts) else text
+def _split_marks(text: str, columns: dict[str, list]) -> str | list[dict]:
+    """Text -> parts, cut at the marks of the media that the row has."""
+    marks = {f"<{kind}>": kind for kind, items in columns.items() if items}
+    if not any(mark in text for mark in marks):
+        return text
+    pieces = re.split(f"({'|'.join(marks)})", text)
+    return [{"type": marks[p]} if p in marks else {"type": "text", "text": p} for p in pieces if p]
 
 
 def _column(row: dict, kind: str) -> list:
@@ -115,6 +122,11 @@ def _fill_parts(messages: list[dict], columns: dict[str, list]) -> None:
                 content = message["content"] = [dict(p) if isinstance(p, dict) else p for p in content]
                 places += [part for part in content if isinstance(part, dict) and part.get("type") == kind]
         if not places:
+            if any(f"<{kind}>" in text for text in _asked(messages)):
+                raise OmniInputError(
+                    f"{len(items)} {kind}(s) beside the messages, the mark <{kind}> in the text and no part for them: "
+                    f"where the mark is their place, give the source `format: swift`; else give parts of type {kind!r}"
+                )
             first = next((message for message in messages if message["role"] == "user"), None)
             if first is None:
                 raise OmniInputError(f"{len(items)} {kind}(s) beside the messages but no user's turn to put them in")
@@ -129,10 +141,21 @@ def _fill_parts(messages: list[dict], columns: dict[str, list]) -> None:
             part[kind] = item
 
 
+def _asked(messages: list[dict]):
+    """Every text but the assistant's."""
+    for message in messages:
+        if message["role"] != "assistant":
+            content = message.get("content")
+            for part in content if isinstance(content, list) else [content]:
+                text = part.get("text") if isinstance(part, dict) else part
+                if isinstance(text, str):
+                    yield text
+
+
 def _resolve_paths(messages: list[dict], folder: Path) -> None:
     def resolved(source):
-        if isinstance(source, dict) and source.get("bytes") is None and isinstance(source.get("path"), str):
-            return {**source, "path": resolved(source["path"])}
+        if isinstance(source, dict) and source.get("bytes") is None:
+            return source | {key: resolved(source[key]) for key in ("path", "url") if isinstance(source.get(key), str)}
         if isinstance(source, str) and "://" not in source[:32] and source[:5].lower() != "data:":
             return str(folder / source)
         return source
@@ -141,8 +164,8 @@ def _resolve_paths(messages: list[dict], folder: Path) -> None:
         if isinstance(message.get("content"), list):
             message["content"] = [
                 part
-                if not isinstance(part, dict) or part.get("type") not in KINDS
-                else part | {key: resolved(part[key]) for key in ("path", part["type"]) if part.get(key) is not None}
+                if not isinstance(part, dict) or str(part.get("type")).removesuffix("_url") not in KINDS
+                else part | {key: resolved(part[key]) for key in _PATH_KEYS if part.get(key) is not None}
                 for part in message["content"]
             ]
 
@@ -151,7 +174,8 @@ def question_messages(row: dict, template: str = "mixed") -> list[dict]:
     """{"question", "answer", "options" or "choices", "reasoning"} -> a user's and an assistant's turn.
 
     Args:
-        row: the answer is a text, or the letter or number (from 0) of an option; options are a list or {letter: text}.
+        row: options are a list, and the answer is the text, the letter or the number (from 0) of one; or they are
+            {key: text}, and the answer is a key in either case, or a text.
         template: "multiple_choice": options in an order drawn from the question, the answer is a letter; "open": no
             options, the answer is a text; "mixed": one of both, drawn from the question. A question that needs its
             options is never open, one without options never multiple choice.
@@ -161,10 +185,9 @@ def question_messages(row: dict, template: str = "mixed") -> list[dict]:
     question, answer = row["question"], row["answer"]
     options = row.get("options") if row.get("options") is not None else row.get("choices")
     options = _parsed(options) or []
-    letters = list(options) if isinstance(options, dict) else [chr(ord("A") + i) for i in range(len(options))]
-    options = [str(text) for text in (options.values() if isinstance(options, dict) else options)]
     if options:
-        answer = _right_option(answer, letters, options)
+        answer = _right_option(answer, options)
+    options = [str(text) for text in (options.values() if isinstance(options, dict) else options)]
     rng = random.Random(question)
     is_open = not options or (template == "open" or template == "mixed" and rng.random() < 0.5)
     if is_open and options and _NEEDS_OPTIONS.search(question):
@@ -186,15 +209,23 @@ def question_messages(row: dict, template: str = "mixed") -> list[dict]:
     return [{"role": "user", "content": asked}, reply]
 
 
-def _right_option(answer, letters: list[str], options: list[str]) -> str:
-    if isinstance(answer, int) and 0 <= answer < len(options):
-        return options[answer]
-    if str(answer) in options:
-        return str(answer)
-    letter = str(answer).strip().strip("().").upper()
-    if letter in letters:
-        return options[letters.index(letter)]
-    raise OmniInputError(f"the answer {str(answer)[:40]!r} is none of the {len(options)} options")
+def _right_option(answer, options: list | dict) -> str:
+    """The text of the option meant. Keys win; in a list, what can be read as two different options is refused."""
+    name = str(answer).strip().strip("().").upper()
+    if isinstance(options, dict):
+        keys = {str(key).strip().upper(): str(text) for key, text in options.items()}
+        meant = {keys[name]} if name in keys else {str(answer)} & set(keys.values())
+    else:
+        texts = [str(text) for text in options]
+        meant = {str(answer)} & set(texts)
+        if isinstance(answer, int) and not isinstance(answer, bool):
+            meant |= set(texts[answer : answer + 1] if answer >= 0 else ())
+        else:
+            meant |= {text for i, text in enumerate(texts) if name == chr(ord("A") + i)}
+    if len(meant) != 1:
+        what = "is none" if not meant else f"could be {len(meant)} ({', '.join(sorted(meant))[:80]}; use a dict)"
+        raise OmniInputError(f"the answer {str(answer)[:40]!r} {what} of the {len(options)} options")
+    return meant.pop()
 
 
 __all__ = ["FORMATS", "TEMPLATES", "adapt_row", "question_messages"]

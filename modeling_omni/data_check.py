@@ -1,17 +1,29 @@
 """`train.py sft --check-data`: reads the rows of every source as training would and says what it found."""
 
+import json
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .data import Source, Stream, TooLong, check_sources, encode_row, frame_patches
+from .data import (
+    KINDS,
+    NothingToLearn,
+    Source,
+    Stream,
+    TooLong,
+    check_sources,
+    encode_row,
+    frame_patches,
+    media_kinds,
+)
 from .media import OmniInputError
 
-KINDS = ("text", "image", "video", "audio")  # by value of mm_token_type_ids
+SHOWN = 10  # bad rows that the report names
 ENDLESS = 64  # rows read of a source that has no end, when `sample` says nothing
 COLUMNS = ("rows", "usable", "bad", "media", "long", "tokens", "mean", "trained", *KINDS)
 
@@ -22,7 +34,7 @@ class DataReport:
 
     sources: per source its path and COLUMNS: rows read, usable ones, malformed ones, ones with media that fail, ones
         over length, tokens of the usable rows (in all, mean, trained share, of each kind).
-    bad_rows: {"file", "row", "reason"} of every row that training would leave out.
+    bad_rows: {"file", "row", "reason"} of the first rows that training would leave out.
     first_sample: text of the first usable row with its trained tokens highlighted.
     """
 
@@ -36,10 +48,11 @@ class DataReport:
         for source in self.sources:
             cells = [f"{source[name]:>10.1%}" if name == "trained" else f"{source[name]:>10,}" for name in COLUMNS]
             lines.append(" ".join([f"{source['path']:<{width}}", *cells]))
-        if self.bad_rows:
-            lines += ["", f"{len(self.bad_rows)} rows would be left out:"]
-            lines += [f"  {bad['file']}, row {bad['row']}: {bad['reason']}" for bad in self.bad_rows[:10]]
-            lines += ["  ..."] * (len(self.bad_rows) > 10)
+        left_out = sum(source["rows"] - source["usable"] for source in self.sources)
+        if left_out:
+            lines += ["", f"{left_out} rows would be left out:"]
+            lines += [f"  {bad['file']}, row {bad['row']}: {bad['reason']}" for bad in self.bad_rows]
+            lines += ["  ..."] * (left_out > len(self.bad_rows))
         return "\n".join([*lines, "", "First sample, trained tokens highlighted:", self.first_sample])
 
 
@@ -62,11 +75,14 @@ def highlighted(processor, sample: dict, ansi: bool) -> str:
 
 
 class _Checked(Dataset):
-    """Index -> what became of this row: kind (of the counts of `DataReport`), reason or tokens and text."""
+    """Index -> what became of this row: kind (of the counts of `DataReport`), reason or tokens.
+
+    The first usable row of every worker, one of which is the first of all, comes with its text.
+    """
 
     def __init__(self, rows, processor, numbers, patches, limits, ansi: bool):
         self.rows, self.processor, self.numbers, self.patches = rows, processor, numbers, patches
-        self.limits, self.ansi = limits, ansi
+        self.limits, self.ansi, self.shown = limits, ansi, False
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -85,26 +101,31 @@ class _Checked(Dataset):
         try:
             if isinstance(content, OmniInputError):
                 raise content
-            self.processor.apply_chat_template(content["messages"], tools=content.get("tools"), tokenize=False)
-            result["kind"] = "media"  # what fails from here on are the media
             options = frame_patches(self.patches, 0, number)
             sample = encode_row(content, self.processor, **self.limits, **options)
         except TooLong as error:
             return result | {"kind": "long", "reason": str(error)}
+        except NothingToLearn as error:
+            return result | {"reason": str(error)}
         except Exception as error:
-            reason = str(error).removeprefix(f"{file}, row {row}: ")
-            has_media = isinstance(content, dict) and any(
-                isinstance(part, dict) and part.get("type") in KINDS[1:]
-                for message in content["messages"]
-                if isinstance(message.get("content"), list)
-                for part in message["content"]
-            )
-            return result | {"kind": "media" if result["kind"] == "media" and has_media else "bad", "reason": reason}
+            kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
+            reason = kind + str(error).removeprefix(f"{file}, row {row}: ")
+            return result | {"kind": "media" if self.media_fail(content) else "bad", "reason": reason}
         types = sample.get("mm_token_type_ids")
         counts = [sample["input_ids"].numel(), 0, 0, 0] if types is None else types[0].bincount(minlength=4).tolist()
-        text = highlighted(self.processor, sample, self.ansi)
         trained = int((sample["labels"] != -100).sum())
+        text, self.shown = "" if self.shown else highlighted(self.processor, sample, self.ansi), True
         return result | {"kind": "usable", "tokens": counts, "trained": trained, "text": text}
+
+    def media_fail(self, content) -> bool:
+        """Whether a row that fails has media and is well formed without them."""
+        if not isinstance(content, dict):
+            return False
+        try:
+            self.processor.apply_chat_template(content["messages"], tools=content.get("tools"), tokenize=False)
+            return bool(media_kinds(content["messages"]))
+        except Exception:
+            return False
 
 
 def check_data(
@@ -116,9 +137,12 @@ def check_data(
     workers: int = 0,
     ansi: bool | None = None,
     progress: bool = True,
+    bad_rows: str | Path | None = None,
     **limits,
 ) -> DataReport:
-    """Reads every row of every source, or `sample` rows spread over each, exactly as training would.
+    """Reads every row of every source, or `sample` rows spread over each, with training's code and limits.
+
+    Only the target patches of video frames are drawn otherwise than in training, where they depend on the place.
 
     Args:
         sources: the `data` of a configuration. Of a nano task, which has no end, 64 rows when `sample` says nothing.
@@ -126,10 +150,14 @@ def check_data(
         patches_per_frame, limits: as in training (`PackedRows`): `media_tokens`, `cut_long`, `max_frames`.
         ansi: highlight by terminal codes; None: where stdout is a terminal.
         progress: a bar on stderr.
+        bad_rows: JSONL file to write (anew) with every row that training would leave out: file, row, reason.
     """
     check_sources(sources)
     report, limits = DataReport(), {"row_tokens": row_tokens, **limits}
     ansi = sys.stdout.isatty() if ansi is None else ansi
+    if bad_rows is not None:
+        Path(bad_rows).parent.mkdir(parents=True, exist_ok=True)
+        Path(bad_rows).write_text("")
     for spec in sources:
         if spec.get("streaming"):
             checked = _Checked(None, processor, (), patches_per_frame, limits, ansi)
@@ -145,7 +173,12 @@ def check_data(
         for result in tqdm(results, spec["path"], total, disable=not progress, mininterval=1):
             found[result["kind"]] += 1
             if result["kind"] != "usable":
-                report.bad_rows.append({key: result[key] for key in ("file", "row", "reason")})
+                bad = {key: result[key] for key in ("file", "row", "reason")}
+                if len(report.bad_rows) < SHOWN:
+                    report.bad_rows.append(bad)
+                if bad_rows is not None:
+                    with open(bad_rows, "a") as file:
+                        file.write(json.dumps(bad) + "\n")
                 continue
             tokens = [sum(pair) for pair in zip(tokens, result["tokens"])]
             trained += result["trained"]
@@ -161,10 +194,13 @@ def check_data(
 
 
 def _check_stream(checked: _Checked, stream: Stream, sample: int | None):
-    for number, (file, row, content) in enumerate(islice(stream, sample)):
-        if stream.position["epoch"]:
-            return
-        yield checked.check(file, row, content, number)
+    try:
+        for number, (file, row, content) in enumerate(islice(stream, sample)):
+            if stream.position["epoch"]:
+                return
+            yield checked.check(file, row, content, number)
+    except OmniInputError as error:  # it cannot be read on
+        yield {"file": stream.path, "row": stream.position["rows"] + 1, "kind": "bad", "reason": str(error)}
 
 
 def check_command(argv: list[str]) -> None:
@@ -178,7 +214,9 @@ def check_command(argv: list[str]) -> None:
     args = load_arguments(SFTArguments, argv[:place] + argv[place + (1 if sample is None else 2) :])
     processor = OmniProcessor.from_pretrained(resolve_checkpoint(args.processor or args.model))
     options = {"patches_per_frame": args.patches_per_frame, "workers": args.workers}
-    print(check_data(args.data, processor, sample=sample, **row_limits(args), **options))
+    bad_rows = Path(args.output_dir) / "check_bad_rows.jsonl"
+    print(check_data(args.data, processor, sample=sample, bad_rows=bad_rows, **row_limits(args), **options))
+    print(f"\nRows that would be left out are listed in {bad_rows}")
 
 
 __all__ = ["check_command", "DataReport", "check_data"]

@@ -21,6 +21,7 @@ import contextlib
 import gc
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -65,12 +66,16 @@ def make_accelerator(max_grad_norm: float = 0.0, zero: dict | None = None, **tra
     world = int(os.environ.get("WORLD_SIZE", 1))
     gpu = torch.cuda.is_available()
     options = dict(trackers)
+    # the others wait while one process measures the data, tests or writes a checkpoint
+    group = {"timeout": timedelta(hours=6)} if world > 1 else {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         options["deepspeed_plugin"] = _deepspeed_plugin(max_grad_norm, zero or {})
         if not gpu:  # without this every process believes that it is alone, and trains on the same rows
-            options["kwargs_handlers"] = [InitProcessGroupKwargs(backend="gloo")]
+            group["backend"] = "gloo"
     elif world > 1 and not gpu:
         options["cpu"] = True
+    if group:
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(**group)]
     accelerator = Accelerator(**options)
     if accelerator.num_processes != world:
         raise OmniInputError(
@@ -119,6 +124,7 @@ def _deepspeed_plugin(max_grad_norm: float, changes: dict):
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # see `microbatch`: the loop says which one is the last
         "gradient_clipping": max_grad_norm,
+        "data_types": {"grad_accum_dtype": "fp32"},  # bf16 would round small gradients of a step's many rows away
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero | changes,
     }
@@ -130,6 +136,14 @@ def _deepspeed_plugin(max_grad_norm: float, changes: dict):
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether parameters are cut over the processes (ZeRO-3)."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def offloads(accelerator: Accelerator) -> bool:
+    """Whether the optimizer's state stands in the host's memory."""
+    return (
+        is_sharded(accelerator)
+        and "offload_optimizer" in (accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
+    )
 
 
 def model_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -499,7 +499,8 @@ def quantize_experts_4bit(model: OmniForConditionalGeneration, device: str | tor
     dequantized experts of every layer otherwise. One process or DDP; ZeRO-3 cannot shard 4-bit weights. Merge such an
     adapter into the unquantized base.
 
-    Tested on a CPU with small models; not run on a GPU nor at 30B.
+    Run by hand on a CPU with small models; its test runs only where bitsandbytes is installed (extra `qlora`). Never
+    run on a GPU nor at 30B.
 
     Raises:
         OmniInputError: bitsandbytes or the device is not there.

@@ -9,13 +9,14 @@ Shapes: R rows of S = row_tokens places.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .data import TOKEN_INPUTS, Blend, Stream, cost_of, encode_row, frame_patches, hashed
+from .data import KINDS, TOKEN_INPUTS, Blend, Stream, cost_of, encode_row, frame_patches, hashed
 from .media import OmniInputError
 
 # Inputs whose first dimension is items or patches of the whole batch, not rows.
@@ -27,8 +28,9 @@ FLAT_INPUTS = (
     "video_keep_tokens",
     "audio_clip_counts",
 )
-KINDS = ("text", "image", "video", "audio")  # by value of mm_token_type_ids
-BAD_ROWS_BASE = 1000  # the share of bad rows is taken of at least so many
+BAD_ROWS_BASE = 1000  # the share of bad rows is taken of at least so many rows of a lane
+BAD_ROWS_SPAN = 10_000  # and of about the last so many
+LONG_ROW = 32768  # tokens from which rows are not held back by default
 
 
 def pack_rows(
@@ -124,10 +126,11 @@ class PackedRows(IterableDataset):
         media_tokens: the most media that a row may have, in positions of the towers (`cost_of`).
         cut_long: cut text at the end of too long samples instead of dropping them (`encode_row`).
         max_frames: of a video.
-        patches_per_frame: target patches of a video's frames; each sample draws one of them.
-        window: rows' worth of samples that are held back to choose from.
+        patches_per_frame: target patches of video frames; each sample draws one of them, for all its videos.
+        window: rows' worth of samples that are held back to choose from, with their pixels (up to 24 KB a token in
+            every loader worker). Default: 4; 1 for rows of 32,768 tokens and more, which hold many samples anyway.
         bad_rows: JSONL file that names every row left out: file, row, reason.
-        max_bad_share: of rows left out, above which training stops.
+        max_bad_share: of rows left out among a reader's last 5,000 to 10,000, above which training stops.
 
     A batch has the tensors of `collate_rows` and "info": samples, names (file and row of each), packing (share of
     places that are not padding), trained (tokens with a label), tokens of each kind, media (cost of every row), read
@@ -146,12 +149,13 @@ class PackedRows(IterableDataset):
         cut_long: bool = False,
         max_frames: int | None = None,
         patches_per_frame: list[int] | None = None,
-        window: int = 4,
+        window: int | None = None,
         bad_rows: str | Path | None = None,
         max_bad_share: float = 0.05,
     ):
         self.blend, self.processor, self.rows, self.row_tokens = blend, processor, rows, row_tokens
-        self.rank, self.world, self.window = rank, world, window
+        self.rank, self.world = rank, world
+        self.window = (4 if row_tokens < LONG_ROW else 1) if window is None else window
         self.limits = {"row_tokens": row_tokens, "media_tokens": media_tokens, "cut_long": cut_long}
         self.limits |= {} if max_frames is None else {"max_frames": max_frames}
         self.patches_per_frame, self.bad_rows, self.max_bad_share = patches_per_frame, bad_rows, max_bad_share
@@ -190,14 +194,21 @@ class PackedRows(IterableDataset):
     def _batches(self, lane: int, lanes: int):
         blend, position = self.blend, self.state["lanes"].get(lane, {})
         turn, counts = position.get("turn", 0), {"read": position.get("read", 0), "bad": position.get("bad", 0)}
+        recent = Counter(position.get("recent", counts))
         streams = {i: Stream(blend.specs[i], lane, lanes) for i, source in enumerate(blend.sources) if source is None}
         waiting = []  # samples, each with its place and, of a stream, the position it was read at
         for place, at in position.get("waiting", ()):
             if at is not None:
-                streams[blend.source_at(place)].load_state_dict(at)
-            waiting.append((place, at, *self._read(place, streams)))
+                streams[blend.source_at(place)].go_to(at)
+            file, row, sample = self._read(place, streams)
+            if isinstance(sample, Exception):  # usable when it was read first, and gone since
+                counts["bad"] += 1
+                recent["bad"] += 1
+                self._report(file, row, sample, recent)
+                continue
+            waiting.append((place, at, file, row, sample))
         for source, at in position.get("streams", {}).items():
-            streams[int(source)].load_state_dict(at)
+            streams[int(source)].go_to(at)
         while True:
             costs = [cost_of(sample) for *_, sample in waiting]
             tokens = sum(cost for cost, _ in costs)
@@ -207,10 +218,14 @@ class PackedRows(IterableDataset):
                 source = blend.source_at(place)
                 at = streams[source].state_dict() if source in streams else None
                 turn, counts["read"] = turn + 1, counts["read"] + 1
+                recent["read"] += 1
+                if recent["read"] > BAD_ROWS_SPAN:  # what is long past counts ever less
+                    recent = Counter({name: count // 2 for name, count in recent.items()})
                 file, row, sample = self._read(place, streams)
                 if isinstance(sample, Exception):
                     counts["bad"] += 1
-                    self._report(file, row, sample, counts)
+                    recent["bad"] += 1
+                    self._report(file, row, sample, recent)
                     continue
                 waiting.append((place, at, file, row, sample))
                 costs.append(cost_of(sample))
@@ -236,6 +251,7 @@ class PackedRows(IterableDataset):
                 "position": {
                     "turn": turn,
                     **counts,
+                    "recent": dict(recent),
                     "waiting": [[place, at] for place, at, *_ in waiting],
                     "streams": {str(source): stream.state_dict() for source, stream in streams.items()},
                 },
@@ -262,7 +278,7 @@ class PackedRows(IterableDataset):
                 report.write(json.dumps({"file": file, "row": row, "reason": reason}) + "\n")
         if counts["bad"] > self.max_bad_share * max(counts["read"], BAD_ROWS_BASE):
             raise OmniInputError(
-                f"{counts['bad']} of {counts['read']} rows cannot be used; limit {self.max_bad_share:.1%} of them "
+                f"{counts['bad']} of the last {counts['read']} rows cannot be used; limit {self.max_bad_share:.1%} "
                 f"(max_bad_share; at least {BAD_ROWS_BASE} rows count); the last one, {file}, row {row}: {reason}; "
                 f"{'see ' + str(self.bad_rows) if self.bad_rows else 'check the data'}"
             )

@@ -1,8 +1,9 @@
 """What a stage takes before it starts: bytes per GPU, batches and steps, from its configuration alone (paper Table 6).
 
 Parameters are counted on the meta device. Under ZeRO-3 every GPU holds 1/world of the weights (2 bytes in bfloat16), of
-the trained ones' gradients (2) and of their float32 masters and Adam moments (12); expert parallelism changes who holds
-an expert, not how many bytes. Offload moves the last 12 and a float32 copy of the gradients to the host.
+the trained ones' gradients (4, summed in float32) and of their float32 masters and Adam moments (12); expert
+parallelism changes who holds an expert, not how many bytes. Offload moves the last 16 to the host, which holds 4 more:
+the gradients once as they are summed and once as the optimizer reads them.
 
 Activations are counted from this package's own code, tensor by tensor: what autograd saves per token in a block of each
 kind (`block_bytes`), with float32 where the code computes in float32. A recomputed block saves its input only. One
@@ -12,7 +13,8 @@ factor was measured with the CPU allocator. tests/test_planning.py checks the su
 Assumptions, all on the safe side unless said: rows are full; all media positions of a row are patches, or all are
 sound, whichever costs more; experts are evenly loaded (not on the safe side: there is no capacity limit); blocks that
 are frozen inside a trained path save as much as trained ones; what context parallelism adds to Mamba's blocks (under
-a tenth) is left out. A GPU is taken to hold 95 % of its size, for fragments.
+a tenth) is left out. A GPU is taken to hold 95 % of its size, for fragments. The host's bytes are offload and decoded
+pictures (`input_bytes`); a row full of video would have twice the pixels of one full of pictures.
 
 Shape legend: D width, F inner width of an MLP, H heads, P head size, G groups, N state size, Q tokens of a scan chunk,
 C conv channels, K experts per token, E experts, V vocabulary, b bytes of a value in the dtype of the weights.
@@ -29,6 +31,7 @@ import yaml
 from .configuration_omni import OmniConfig, resolve_checkpoint
 from .modeling_language import SCAN_CHUNK
 from .modeling_omni import LOSS_CHUNK, OmniForConditionalGeneration
+from .packing import LONG_ROW
 
 GIB = 2**30
 PARTS = ("vision", "audio", "vision_projector", "audio_projector", "language")
@@ -213,6 +216,19 @@ def highest(phases: list[tuple[str, float, float]]) -> tuple[str, float, float, 
 # ---- one case ----
 
 
+def input_bytes(config: OmniConfig, args, accumulation: int, rows: int = 1) -> float:
+    """Bytes of host memory of the decoded float32 pixels that one process and its loader workers hold at once.
+
+    A worker has its window with the rows that it packs next, and two batches (what DataLoader fetches ahead); the
+    process has all batches of a step, whole also under context parallelism, since their trained tokens are counted
+    before the first forward pass.
+    """
+    patches = min(args.row_tokens * config.merge_size**2, args.media_tokens or math.inf)
+    window = 4 if args.row_tokens < LONG_ROW else 1  # of PackedRows
+    held = max(1, args.workers) * (window + 3 * rows) + accumulation * rows
+    return held * patches * 4 * 3 * config.vision_config.patch_size**2
+
+
 def stage_memory(
     config: OmniConfig,
     args,
@@ -226,10 +242,10 @@ def stage_memory(
     rows: int = 1,
 ) -> dict:
     """Bytes of one case: on each GPU "weights", "gradients", "optimizer", "kept", "peak", "buffers" and their "total";
-    "height": the part whose backward pass is the height; "host": on each node (offload).
+    "height": the part whose backward pass is the height; "host": on each node, for offload and decoded pixels.
 
     Args:
-        args: `SFTArguments`; row_tokens, media_tokens, recompute, context_parallel and expert_parallel are read.
+        args: `SFTArguments`; those of rows, batches, workers, recomputation and parallelism are read.
         counts: from `count_parameters`.
         gpus: of a node. b: bytes of a weight. sharded: ZeRO-3 (else every GPU holds everything). gpu: whether to count
             what CUDA and NCCL take. rows: packed rows of one forward pass.
@@ -248,16 +264,18 @@ def stage_memory(
         # gathered weights, and before they are cut up the gradients of a whole layer
         gradients = counts.get("language", (0, 0))[0] > counts.get("language", (0, 0))[1]
         buffers += ZERO_BUFFERS + largest_layer(config, args.expert_parallel) * b * (1 + gradients)
+    readers = max(1, world // args.context_parallel) * rows
+    pixels = gpus * input_bytes(config, args, math.ceil(args.global_batch_size / readers), rows)
     row = {
         "weights": weights / share,
-        "gradients": 0 if offload else b * trained / share,
+        "gradients": 0 if offload else 4 * trained / share,
         "optimizer": 0 if offload else masters / share,
         "kept": kept,
         "peak": peak,
         "buffers": buffers,
     }
     row["total"] = sum(row.values())
-    return row | {"height": height, "host": (masters + 4 * trained) / nodes if offload else 0}
+    return row | {"height": height, "host": pixels + ((masters + 8 * trained) / nodes if offload else 0)}
 
 
 # ---- a stage on given machines ----
@@ -266,7 +284,7 @@ def stage_memory(
 def plan(args, gpus: int = 8, gpu_gib: float = 80, host_gib: float = 1024, config: OmniConfig | None = None) -> dict:
     """Whether a stage fits on one node under ZeRO-3 in bfloat16 (configs/accelerate/zero3*.yaml), and how.
 
-    Tried in this order, until one fits: as configured (degrees of parallelism at most the number of GPUs); every part
+    Tried in this order, until one fits: as configured (degrees of parallelism that divide the GPUs); every part
     recomputed; as configured with the optimizer offloaded; both; more context parallelism. Then, if that offloads, the
     fewest nodes that need no offload; and LoRA with the default presets.
 
@@ -284,16 +302,21 @@ def plan(args, gpus: int = 8, gpu_gib: float = 80, host_gib: float = 1024, confi
     trained = {group for group, pair in counts.items() if pair[0]}
     in_use = trained | {f"{name}_projector" for name in ("vision", "audio") if name in trained} | {"language"}
     recompute = args.recompute + [part for part in PARTS if part in in_use and part not in args.recompute]
-    degrees = [degree for degree in (2, 4, 8, 16, 32, 64) if args.context_parallel < degree <= gpus]
+    degrees = [degree for degree in range(args.context_parallel + 1, gpus + 1) if gpus % degree == 0]
     tried = []
 
     def first_fit(ways, counts=counts, lora=False):
         """Adds a row per way (how, nodes, offload, changes) until one fits."""
         for how, nodes, offload, changes in ways:
             changes = {key: value for key, value in changes.items() if value != getattr(args, key)}
-            for key in ("context_parallel", "expert_parallel"):
-                if changes.get(key, getattr(args, key)) > gpus * nodes:
-                    changes[key] = gpus * nodes
+            for key, whole in (
+                ("context_parallel", gpus * nodes),
+                ("expert_parallel", math.gcd(gpus * nodes, config.llm_config.n_routed_experts)),
+            ):
+                asked = changes.get(key, getattr(args, key))
+                degree = max(n for n in range(1, asked + 1) if whole % n == 0)
+                if degree != asked:
+                    changes[key] = degree
             case = argparse.Namespace(**vars(args) | changes)
             row = stage_memory(config, case, counts, gpus, nodes, offload=offload, rows=args.micro_batch_size)
             data_parallel = gpus * nodes // case.context_parallel

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from .checkpointing import load_optimizers, newest_checkpoint, put_in_place, save_optimizers, step_of
 from .configuration_omni import OmniConfig
 from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import OmniImageProcessor
@@ -204,13 +206,11 @@ def pretrain_tower(args: TowerArguments) -> None:
     decay = {"hidden": args.weight_decay, "decayed": args.weight_decay, "plain": 0.0}
     groups = [{"params": params, "weight_decay": decay[kind], "kind": kind} for kind, params in groups.items()]
     optimizers = make_optimizers(groups, args.optimizer)
-    step, state_file = 0, folder / "training_state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        step = state["step"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+    step, resumed = 0, newest_checkpoint(folder)
+    if resumed is not None:
+        step = step_of(resumed)
+        model.load_state_dict(load_file(resumed / "model.safetensors"))
+        load_optimizers(optimizers, resumed / "optimizer.safetensors")
     (folder / "config.resolved.yaml").write_text(yaml.safe_dump(dataclasses.asdict(args), sort_keys=False))
     batches = VisionBatches if args.tower == "vision" else AudioBatches
     heldout = batches(config, args, "heldout")
@@ -224,7 +224,7 @@ def pretrain_tower(args: TowerArguments) -> None:
             group["lr"] = args.learning_rate * cosine_factor(step, args.steps, args.warmup_fraction, 0.01)
         loss, right = model(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -243,17 +243,22 @@ def pretrain_tower(args: TowerArguments) -> None:
             log.write(json.dumps(line) + "\n")
             tqdm.write(str(line))
         if step % args.save_every == 0 or step == args.steps:
-            state = {
-                "step": step,
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            }
-            torch.save(state, folder / "partial.pt")
-            os.replace(folder / "partial.pt", state_file)
-            prefix = GROUPS[args.tower]
-            tensors = {prefix + name: value.contiguous() for name, value in model.tower.state_dict().items()}
-            save_file(tensors, folder / "partial.safetensors")
-            os.replace(folder / "partial.safetensors", folder / "tower.safetensors")
+            save_tower(folder, args.tower, model, optimizers, step)
+
+
+def save_tower(folder: Path, tower: str, model: LabelledTower, optimizers: list, step: int) -> None:
+    """`folder/tower.safetensors` for `towers:` of a stage, and a checkpoint `folder/step-N` to go on from."""
+    prefix = GROUPS[tower]
+    tensors = {prefix + name: value.contiguous() for name, value in model.tower.state_dict().items()}
+    save_file(tensors, folder / "partial.safetensors")
+    os.replace(folder / "partial.safetensors", folder / "tower.safetensors")
+    partial = folder / f"partial-{step}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial / "model.safetensors")
+    save_optimizers(optimizers, partial / "optimizer.safetensors")
+    (partial / "state-0.json").write_text(json.dumps({"step": step}))
+    put_in_place(partial, folder / f"step-{step}")
 
 
 def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:

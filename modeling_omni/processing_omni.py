@@ -247,8 +247,8 @@ class OmniProcessor(ProcessorMixin):
             conversation: messages {"role", "content"}; content is a string or parts {"type": "text" | "image" |
                 "video" | "audio"} with "text" or a source under "path", "url", "bytes", "array" or the type's own name.
                 Parts follow each other without a separator. Video parts may carry "audio" ("auto" | "on" | "off"),
-                "start", "end", "fps", "num_frames". Assistant messages may carry `reasoning_content` and `tool_calls`,
-                or begin with a `<think>...</think>` block.
+                "start", "end", "fps", "num_frames", "max_frames" (never more than the call's). Assistant
+                messages may carry `reasoning_content` and `tool_calls`, or begin with a `<think>...</think>` block.
             chat_template (`str`, *optional*): another template, or the name of one of several.
             tools: JSON schemas or documented functions.
             continue_final_message: the last, assistant message is a prefix to be continued, kept to its last blank;
@@ -351,9 +351,11 @@ class OmniProcessor(ProcessorMixin):
             else:
                 sound = "off" if options.use_audio_in_video is False else part.get("audio", "auto")
                 choice = {
-                    key: part.get(key, getattr(options, key, None))
+                    key: getattr(options, key, None) if part.get(key) is None else part[key]
                     for key in ("num_frames", "fps", "max_frames", "start", "end")
                 }
+                caps = [cap for cap in (choice["max_frames"], options.max_frames) if cap is not None]
+                choice["max_frames"] = min(caps, default=None)  # a part may ask for fewer frames, never for more
                 clip = load_video(source, audio=sound, limits=limits, **choice)
                 media.videos.append(clip)
                 media.sounds.append(None if sound == "off" else clip.audio)

@@ -1,13 +1,18 @@
 """What a person sees of a training run: parameters, load of the experts, previews, held-out tests, the model card."""
 
+import argparse
 import json
+from itertools import islice
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from .data import Blend
+from .distributed import is_sharded
+from .media import OmniInputError
 from .modeling_language import TopKRouter
+from .packing import PackedRows
 
 NANO = "nano:"
 
@@ -29,7 +34,7 @@ class RouterLoad:
         self.counts = {}
         for name, module in model.named_modules():
             if isinstance(module, TopKRouter):
-                module.register_forward_hook(self._count(name, module.weight.shape[0] or module.num_experts))
+                module.register_forward_hook(self._count(name, module.config.n_routed_experts))
 
     def _count(self, name: str, experts: int):
         def hook(module, inputs, output):
@@ -60,7 +65,8 @@ class Previews:
         fixed = [source for source in args.data if not source.get("streaming")]
         if args.previews and fixed:
             blend = Blend(fixed, seed=args.seed + 1, split="heldout")
-            self.rows = [blend[place] for place in range(args.previews)]
+            rows = [blend.read(place)[2] for place in range(args.previews)]
+            self.rows = [row for row in rows if not isinstance(row, Exception)]
 
     def show(self, model, folder: Path, step: int) -> None:
         """Prints question, expected and given answer and adds them to `previews.jsonl`."""
@@ -75,41 +81,133 @@ class Previews:
             thinking = bool(turns[last].get("reasoning_content"))
             (answer,) = answer_batch(model, self.processor, [turns[:last]], thinking, 64)
             line = {"step": step, "asked": asked[:500], "expected": turns[last]["content"], "answered": answer}
-            with open(folder / "previews.jsonl", "a") as file:
-                file.write(json.dumps(line, default=str) + "\n")
+            append_line(folder / "previews.jsonl", line)
             tqdm.write(f"  {line['asked'][:100]!r}: expected {str(line['expected'])[:80]!r}, got {answer[:80]!r}")
 
 
-def evaluate(accelerator, model, processor, args, folder: Path, step: int, previews: Previews) -> dict[str, float]:
-    """Previews and the held-out accuracy of every `nano:` skill in the blend, printed and added to `heldout.jsonl`.
+def heldout_skills(args) -> list[str]:
+    """The nano skills that a stage is tested on: `eval_skills`, or those in its data."""
+    from .nano_data import SKILLS
 
-    The first process does it while the others wait.
+    if args.eval_skills == ["all"]:
+        return list(SKILLS)
+    found = [source["path"].removeprefix(NANO) for source in args.data if source["path"].startswith(NANO)]
+    return args.eval_skills or list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def heldout_losses(model, processor, args, device) -> dict[str, float]:
+    """Mean loss per trained token on the first rows of every source of `eval_data`; all processes run the same rows."""
+    losses = {}
+    for source in args.eval_data:
+        limits = {"media_tokens": args.media_tokens, "cut_long": args.cut_long, "max_frames": args.max_frames}
+        rows = PackedRows(Blend([source | {"mean_tokens": 1.0}]), processor, 1, args.row_tokens, **limits)
+        total, tokens = 0.0, 0
+        for batch in islice(rows, args.eval_rows):
+            trained = batch.pop("info")["trained"]
+            batch = {name: value.to(device) for name, value in batch.items()}
+            total += model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=1).loss.item()
+            tokens += trained
+        losses[source["path"]] = round(total / max(1, tokens), 4)
+    return losses
+
+
+def evaluate(accelerator, model, processor, args, folder: Path, step: int, previews: Previews) -> dict[str, float]:
+    """Losses on `eval_data`, previews, and the held-out accuracy of `heldout_skills`: printed, logged and written down.
+
+    Answers are written by the first process while the others wait; with ZeRO-3 there are losses only.
+
+    Args:
+        model: the prepared model.
+
+    Returns:
+        Accuracy of every skill.
     """
-    table = {}
-    if accelerator.is_main_process:
+    from .checkpointing import model_inside
+
+    was_training, table = model.training, {}
+    model.eval()
+    losses = heldout_losses(model, processor, args, accelerator.device)
+    if accelerator.is_main_process and losses:
+        append_line(folder / "heldout_loss.jsonl", {"step": step, **losses})
+        accelerator.log({f"heldout_loss/{path}": loss for path, loss in losses.items()}, step)
+        tqdm.write(f"step {step} held-out loss: " + ", ".join(f"{path} {loss:.3f}" for path, loss in losses.items()))
+    if accelerator.is_main_process and not is_sharded(accelerator):
         from .evaluation import heldout_accuracy
 
-        was_training = model.training
-        model.eval()
-        with torch.no_grad():
-            previews.show(model, folder, step)
-            skills = [source["path"].removeprefix(NANO) for source in args.data if source["path"].startswith(NANO)]
-            if skills and args.eval_samples:
-                table = heldout_accuracy(model, processor, list(dict.fromkeys(skills)), args.eval_samples)
-        model.train(was_training)
-        if table:
-            with open(folder / "heldout.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **table}) + "\n")
+        inside, skills = model_inside(model), heldout_skills(args)
+        previews.show(inside, folder, step)
+        if skills and args.eval_samples:
+            table = heldout_accuracy(inside, processor, skills, args.eval_samples)
+            append_line(folder / "heldout.jsonl", {"step": step, **table})
             accelerator.log({f"heldout/{skill}": value for skill, value in table.items()}, step)
             tqdm.write(f"step {step} held out: " + ", ".join(f"{skill} {value:.2f}" for skill, value in table.items()))
+    model.train(was_training)
     accelerator.wait_for_everyone()
     return table
+
+
+def append_line(path: Path, line: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
+
+
+def stage_table(folders: list[str | Path]) -> dict[str, dict[str, float]]:
+    """Stage -> skill -> last held-out accuracy, from the `heldout.jsonl` of runs.
+
+    Raises:
+        OmniInputError: a folder without held-out results.
+    """
+    table = {}
+    for folder in map(Path, folders):
+        file = folder / "heldout.jsonl"
+        if not file.is_file():
+            raise OmniInputError(f"{folder} has no heldout.jsonl; give the output_dir of finished runs")
+        last = json.loads(file.read_text().splitlines()[-1])
+        table[folder.name] = {skill: value for skill, value in last.items() if skill != "step"}
+    return table
+
+
+def report_command(argv: list[str]) -> None:
+    """`train.py report RUN... [--plot FILE.png]`: what every skill scored after every stage, as a table and a plot."""
+    parser = argparse.ArgumentParser(prog="train.py report", description=report_command.__doc__)
+    parser.add_argument("runs", nargs="+", help="output folders of stages, in order")
+    parser.add_argument("--plot", help="also draw it into this file (.png, .svg)")
+    options = parser.parse_args(argv)
+    table = stage_table(options.runs)
+    skills = list(dict.fromkeys(skill for scores in table.values() for skill in scores))
+    print(f"| held out, % | {' | '.join(table)} |\n|---|{'---:|' * len(table)}")
+    for skill in skills:
+        cells = [f"{100 * scores[skill]:.0f}" if skill in scores else "" for scores in table.values()]
+        print(f"| {skill} | {' | '.join(cells)} |")
+    if options.plot:
+        plot_stages(table, skills, options.plot)
+
+
+def plot_stages(table: dict[str, dict[str, float]], skills: list[str], path: str) -> None:
+    """One panel per modality (the first word of a skill's name), one line per skill, stages from left to right."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(skill.split("_")[0] for skill in skills))
+    figure = Figure(figsize=(4 * len(kinds), 4), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+        for skill in (skill for skill in skills if skill.split("_")[0] == kind):
+            values = [100 * scores.get(skill, float("nan")) for scores in table.values()]
+            axes.plot(list(table), values, marker="o", markersize=3, label=skill.removeprefix(kind + "_"))
+        axes.set(title=kind, ylim=(0, 101))
+        axes.tick_params(axis="x", rotation=45)
+        axes.legend(fontsize=7)
+    figure.supylabel("held-out accuracy, %")
+    figure.savefig(path, dpi=110)
 
 
 def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
     """`final/README.md`: from what, on what and how the model was trained, and what it scored."""
     start = args.model or f"random weights ({args.model_config})"
     shares = sum(float(source.get("weight", 1.0)) for source in args.data)
+    kind, trained = "Weights", ", ".join(args.train)
+    if args.lora is not None:
+        kind, trained = "Adapters (LoRA)", args.lora
     lines = [
         "---",
         "library_name: transformers",
@@ -119,11 +217,11 @@ def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
         "",
         f"# {Path(args.output_dir).name}",
         "",
-        f"{'Adapters (LoRA)' if args.lora else 'Weights'} trained from {start} with `train.py sft`: {args.steps} steps"
+        f"{kind} trained from {start} with `train.py sft`: {args.steps} steps"
         f" of {args.global_batch_size} rows of {args.row_tokens} tokens. Every setting is in `config.resolved.yaml`"
         " of the run, the loss in `log.jsonl`.",
         "",
-        f"Trained: {args.lora if args.lora else ', '.join(args.train)}. Peak learning rate {args.learning_rate:g}.",
+        f"Trained: {trained}. Peak learning rate {args.learning_rate:g}.",
         "",
         f"| data | share of {args.weight_of} |",
         "|---|---:|",
@@ -135,4 +233,4 @@ def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
     (folder / "final" / "README.md").write_text("\n".join(lines) + "\n")
 
 
-__all__ = ["Previews", "RouterLoad", "evaluate", "parameter_table", "write_model_card"]
+__all__ = ["Previews", "RouterLoad", "evaluate", "parameter_table", "report_command", "write_model_card"]

@@ -8,8 +8,6 @@ moment goes on from its newest checkpoint, in one process to the same bits.
 import dataclasses
 import json
 import math
-import os
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,17 +17,25 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import distributed
+from .checkpointing import (
+    find_checkpoint,
+    load_optimizers,
+    model_inside,
+    resume_settings,
+    save_final,
+    write_atomically,
+    write_checkpoint,
+)
 from .configuration_omni import OmniConfig, resolve_checkpoint
 from .context_parallel import context_group, set_context_parallel, shard_batch
-from .data import Blend, measure_mean_tokens
+from .data import Blend, check_sources, measure_mean_tokens
 from .lora import (
     add_lora,
     base_name,
@@ -114,7 +120,10 @@ class SFTArguments:
     final_dtype: str | None = _key(
         None, "dtype of the final model's weights: bfloat16 or float32; as trained if not given"
     )
-    eval_every: int = _key(0, "steps between held-out tests of the nano skills in data; 0: end only")
+    eval_every: int = _key(0, "steps between held-out tests of nano skills; 0: end only")
+    eval_data: list[dict] = _key([], "held-out sources (as in data) whose mean loss is taken at every held-out test")
+    eval_rows: int = _key(4, "packed rows of each source of eval_data")
+    eval_skills: list[str] = _key([], "nano skills of the held-out tests; empty: those in data; all: every skill")
     eval_samples: int = _key(40, "held-out samples per skill; 0: no test")
     previews: int = _key(0, "rows of the blend whose answers are shown at every held-out test")
     log_every: int = _key(20, "steps between log lines")
@@ -237,8 +246,6 @@ def build_model(args: SFTArguments, dtype: torch.dtype = torch.float32, start: s
     """The model to start from: the checkpoint `start` or `args.model`, or random weights of `model_config`."""
     if (args.model is None) == (args.model_config is None):
         raise ValueError("give exactly one of `model` (a checkpoint) and `model_config` (random weights)")
-    if args.lora is not None and (args.model is None or args.towers):
-        raise ValueError("adapters need a checkpoint to stand on: give `model`, and no `towers`")
     if start or args.model:
         model = OmniForConditionalGeneration.from_pretrained(start or resolve_checkpoint(args.model), dtype=dtype)
     else:
@@ -263,16 +270,48 @@ def load_tower(model, group: str, path: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in `folder`, if any."""
-    return max(folder.glob("step-*"), key=lambda p: int(p.name[5:]), default=None)
+def check_arguments(args: SFTArguments, world: int, sharded: bool) -> None:
+    """Raises for what would otherwise fail only when it is needed, perhaps days later."""
+    from .nano_data import SKILLS
+
+    check_sources(args.data)
+    for source in args.eval_data:
+        check_sources([source])
+    choices = {
+        "train": (args.train, GROUPS),
+        "group_learning_rates": (args.group_learning_rates, GROUPS),
+        "recompute": (args.recompute, [*RECOMPUTED, *LANGUAGE_KINDS.values()]),
+        "eval_skills": (args.eval_skills, ["all", *SKILLS]),
+        "optimizer": ([args.optimizer], ["adamw", "muon"]),
+        "weight_of": ([args.weight_of], ["tokens", "rows"]),
+        "final_dtype": ([args.final_dtype], [None, "float32", "bfloat16"]),
+    }
+    for key, (given, known) in choices.items():
+        unknown = [value for value in given if value not in known]
+        if unknown:
+            raise OmniInputError(f"{key}: unknown {unknown}; known: {list(known)}")
+    if args.lora is not None and (args.model is None or args.towers or args.final_dtype):
+        raise OmniInputError("lora: adapters stand on a checkpoint: give `model`, and neither towers nor final_dtype")
+    if sharded and args.towers:
+        raise OmniInputError("towers cannot be loaded into a model that ZeRO-3 has cut: start with one process")
+    if args.context_parallel < 1 or world % args.context_parallel:
+        raise OmniInputError(
+            f"context_parallel {args.context_parallel} does not divide the {world} process(es) that were started; "
+            "start with `accelerate launch --config_file configs/accelerate/<name>.yaml`, or set --context_parallel"
+        )
+    readers = world // args.context_parallel
+    if args.global_batch_size < 1 or args.global_batch_size % (readers * args.micro_batch_size):
+        raise OmniInputError(
+            f"global_batch_size {args.global_batch_size} must be a multiple of {readers} readers x micro_batch_size "
+            f"{args.micro_batch_size}"
+        )
 
 
 def settle_data(args: SFTArguments, processor, accelerator: Accelerator) -> None:
     """Notes every source's mean tokens per row in `args.data`, so that weights are shares of tokens."""
-    if args.weight_of not in ("tokens", "rows"):
-        raise ValueError(f"weight_of is {args.weight_of!r}; use tokens or rows")
-    if args.weight_of == "tokens" and accelerator.is_main_process:
+    if args.weight_of == "rows":
+        args.data = [{key: value for key, value in s.items() if key != "mean_tokens"} for s in args.data]
+    elif accelerator.is_main_process:
         accelerator.print("measuring the sources' mean tokens per row (give mean_tokens to skip this)")
         args.data = measure_mean_tokens(args.data, processor, args.patches_per_frame, args.workers, **row_limits(args))
     if accelerator.num_processes > 1:
@@ -287,76 +326,6 @@ def row_limits(args: SFTArguments) -> dict:
     return limits | ({} if args.max_frames is None else {"max_frames": args.max_frames})
 
 
-# ---- checkpoints ----
-
-
-def write_checkpoint(accelerator, folder: Path, model, optimizers: list, state: dict) -> None:
-    """Writes `folder/step-N` under another name first, so that a kill or a full disk leaves the last good one.
-
-    Args:
-        state: "step" and the position in the data ("data": one per process), saved as JSON.
-    """
-    target, partial = folder / f"step-{state['step']}", folder / f"partial-{state['step']}"
-    sharded = distributed.is_sharded(accelerator)
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    accelerator.wait_for_everyone()
-    try:
-        if hasattr(model_inside(model), "peft_config"):
-            save_adapter(model_inside(model), partial)
-        else:
-            distributed.save_released(accelerator, model, partial)
-        if sharded:
-            distributed.save_state(model, partial)
-        elif accelerator.is_main_process:
-            save_optimizers(optimizers, partial / "optimizer.safetensors")
-        (partial / f"state-{accelerator.process_index}.json").write_text(json.dumps(state))
-    except (OSError, SafetensorError) as error:
-        if accelerator.num_processes == 1:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise OmniInputError(
-            f"checkpoint {target} could not be written ({error}); the last good one is {newest_checkpoint(folder)}. "
-            "Free the disk and start the same command again"
-        ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        for old in sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))[:-2]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def model_inside(model):
-    """The model in an engine's or DDP's wrapper; adapters stay around it."""
-    return getattr(model, "module", model)
-
-
-def save_optimizers(optimizers: list, path: Path) -> None:
-    """The state of all optimizers as one safetensors file: "number of the optimizer.number of the parameter.key"."""
-    tensors = {
-        f"{number}.{index}.{key}": value.contiguous()
-        for number, optimizer in enumerate(optimizers)
-        for index, state in optimizer.state_dict()["state"].items()
-        for key, value in state.items()
-    }
-    save_file(tensors, path)
-
-
-def load_optimizers(optimizers: list, path: Path) -> None:
-    """Reads what `save_optimizers` wrote."""
-    tensors = load_file(path)
-    for number, optimizer in enumerate(optimizers):
-        saved = optimizer.state_dict()
-        saved["state"] = {}
-        for name, value in tensors.items():
-            owner, index, key = name.split(".", 2)
-            if int(owner) == number:
-                saved["state"].setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(saved)
-
-
 # ---- training ----
 
 
@@ -369,20 +338,16 @@ def train_sft(args: SFTArguments) -> None:
     accelerator = distributed.make_accelerator(args.max_grad_norm, log_with=args.report_to or None, project_dir=folder)
     sharded, main = distributed.is_sharded(accelerator), accelerator.is_main_process
     world, rank = accelerator.num_processes, accelerator.process_index
+    check_arguments(args, world, sharded)
     readers = world // args.context_parallel  # processes with rows of their own
-    accumulation, left = divmod(args.global_batch_size, readers * args.micro_batch_size)
-    if left or not accumulation:
-        raise OmniInputError(
-            f"global_batch_size {args.global_batch_size} must be a multiple of {readers} readers x micro_batch_size "
-            f"{args.micro_batch_size}"
-        )
-    resumed = newest_checkpoint(folder)
-    saved = json.loads((resumed / f"state-{rank}.json").read_text()) if resumed else {"step": 0, "data": None}
-    step = saved["step"]
+    accumulation = args.global_batch_size // (readers * args.micro_batch_size)
+    resumed, saved = find_checkpoint(accelerator, folder, args)
+    step, resolved = saved["step"], folder / "config.resolved.yaml"
+    if resumed:
+        resume_settings(args, resolved)
     processor = OmniProcessor.from_pretrained(resolve_checkpoint(args.processor or args.model))
 
-    model = build_model(args, distributed.model_dtype(accelerator), None if args.lora else resumed)
-    model.config.use_cache = False
+    model = build_model(args, distributed.model_dtype(accelerator), None if args.lora is not None else resumed)
     distributed.prepare_expert_parallel(model, args.expert_parallel, accelerator)
     group = context_group(args.context_parallel)
     set_context_parallel(model, group)
@@ -397,14 +362,11 @@ def train_sft(args: SFTArguments) -> None:
     optimizers = make_optimizers(parameter_groups(model, args), args.optimizer)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
-    resolved = folder / "config.resolved.yaml"
-    if resumed and resolved.exists():  # the measured mean tokens decide the order of the data
-        args.data = yaml.safe_load(resolved.read_text())["data"]
-    else:
+    if not resumed:
         settle_data(args, processor, accelerator)
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
     if main:
-        resolved.write_text(settings)
+        write_atomically(resolved, settings)
     accelerator.print(
         settings + "\n" + (parameter_table(model, GROUPS, group_of) if args.lora is None else lora_table(model))
     )
@@ -445,6 +407,8 @@ def train_sft(args: SFTArguments) -> None:
         for optimizer, rates in zip(optimizers, peaks, strict=True):
             for one, peak in zip(optimizer.param_groups, rates, strict=True):
                 one["lr"] = peak * factor
+        # random windows of positions and dropout of adapters are functions of the step, so that resuming is exact
+        torch.manual_seed((args.seed * 1_000_003 + step) * 65_536 + rank // args.context_parallel)
         batches = list(islice(loader, accumulation))
         infos = [rows.consumed(batch.pop("info")) for batch in batches]
         own = batches
@@ -468,14 +432,17 @@ def train_sft(args: SFTArguments) -> None:
         skipped = 0 if applied else skipped + 1
         if not applied:
             names = [name for info in infos for name in info["names"]]
-            accelerator.print(f"step {step}: gradient norm {norm}: skipped. Rows of process {rank}: {names[:20]}")
+            with open(folder / f"skipped-{rank}.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "grad_norm": str(norm), "rows": names}) + "\n")
+            accelerator.print(f"step {step}: gradient norm {norm}: skipped; its rows stand in {folder}/skipped-*.jsonl")
             total.counts["skipped"] += 1
             if skipped >= args.max_skipped:
                 raise OmniInputError(
-                    f"{skipped} steps in a row without a finite gradient (max_skipped), rows {names[:20]}"
+                    f"{skipped} steps in a row without a finite gradient (max_skipped); rows of process {rank}: {names}"
                 )
         total.add(accelerator.gather(loss_sum.reshape(1).to(accelerator.device)).mean().item(), norm, infos)
-        if step % args.log_every == 0:
+        last = step == args.steps
+        if step % args.log_every == 0 or last:
             line = {"step": step, **total.line(readers), "lr": factor * args.learning_rate, **load.line()}
             line["bad_rows"] = sum(lane["bad"] for lane in rows.state["lanes"].values())
             if main:
@@ -484,11 +451,16 @@ def train_sft(args: SFTArguments) -> None:
             accelerator.log({name: value for name, value in line.items() if name != "step"}, step)
             bar.set_postfix(loss=line["loss"], tok_s=line["tokens_per_second"])
             total = Totals()
-        last = step == args.steps
         if step % args.save_every == 0 or last:
-            write_checkpoint(accelerator, folder, model, optimizers, {"step": step, "data": rows.state_dict()})
-        if args.eval_every and step % args.eval_every == 0 and not last and not sharded:
-            evaluate(accelerator, model_inside(model), processor, args, folder, step, previews)
+            write_checkpoint(
+                accelerator,
+                folder,
+                model,
+                optimizers,
+                {"step": step, "data": rows.state_dict(), "processes": [world, args.context_parallel]},
+            )
+        if args.eval_every and step % args.eval_every == 0 and not last:
+            evaluate(accelerator, model, processor, args, folder, step, previews)
             total.started = time.time()
     bar.close()
     if args.lora is None:
@@ -497,19 +469,10 @@ def train_sft(args: SFTArguments) -> None:
         save_adapter(model_inside(model), folder / "final")
     if main:
         processor.save_pretrained(folder / "final")
-    table = {} if sharded else evaluate(accelerator, model_inside(model), processor, args, folder, step, previews)
+    table = evaluate(accelerator, model, processor, args, folder, step, previews)
     if main:
         write_model_card(folder, args, table)
     accelerator.end_training()
-
-
-def save_final(accelerator, model, folder: Path, dtype: str | None) -> None:
-    """The released layout, in `dtype` where one is asked for."""
-    distributed.save_released(accelerator, model, folder)
-    if dtype is not None and accelerator.is_main_process:
-        whole = OmniForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
-        whole.save_pretrained(folder)
-    accelerator.wait_for_everyone()
 
 
 class Totals:

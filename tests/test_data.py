@@ -97,6 +97,16 @@ def test_llava_sharegpt_and_swift_rows():
     ]
     literal = adapt_row(text_row("<image> is a tag", "yes"))  # the same spelling in a row of our own
     assert question_of(literal) == "<image> is a tag"
+    html = {"conversations": [{"from": "human", "value": "what does <video> do?"}, {"from": "gpt", "value": "play"}]}
+    assert question_of(adapt_row(html)) == "what does <video> do?"  # no video in this row: a word
+    seen = {"image": "x.png", "conversations": [{"from": "human", "value": "<image>is <audio> shown?"}]}
+    assert question_of(adapt_row(seen))[1] == {"type": "text", "text": "is <audio> shown?"}
+    marked = [text_row("<audio>what?", "a dog"), text_row([{"type": "text", "text": "<audio>what?"}], "a dog")]
+    for row in marked:  # would be trained on the mark's letters otherwise
+        with pytest.raises(OmniInputError, match="format: swift"):
+            adapt_row(row | {"audios": ["a.wav"]})
+    with pytest.raises(OmniInputError, match="'prompt' is plain text"):
+        adapt_row({"prompt": "1+1=", "completion": "2"})
     for broken in (
         {"conversations": [{"from": "nobody", "value": "x"}]},
         {"conversations": [{"from": "human", "value": "<image> and <image>"}], "image": "one.png"},
@@ -129,6 +139,21 @@ def test_questions_become_multiple_choice_and_open():
             question_messages(broken, template)
     with pytest.raises(OmniInputError, match="none of the 3 options"):
         question_messages(row | {"answer": "neon"})
+
+
+def test_the_right_option_is_never_guessed():
+    def answer(options, answer):
+        return question_messages({"question": "q", "options": options, "answer": answer}, "open")[1]["content"]
+
+    blood = {"A": "O", "B": "A", "C": "B", "D": "AB"}
+    assert [answer(blood, letter) for letter in "ABCD"] == ["O", "A", "B", "AB"] and answer(blood, "AB") == "AB"
+    assert answer({"a": "x", "b": "y"}, "b") == answer({"a": "x", "b": "y"}, "(B)") == "y"
+    assert answer({"1": "x", "2": "y"}, 1) == "x"
+    assert answer([10, 20, 30], 20) == "20" and answer([10, 20, 30], 2) == "30" and answer(["no", "yes"], "b.") == "yes"
+    assert answer(["True", "False"], True) == "True"
+    for options, unclear in (([1, 2, 3], 1), (["O", "A", "B", "AB"], "A")):
+        with pytest.raises(OmniInputError, match="could be 2"):
+            answer(options, unclear)
 
 
 # ------------------------------------------------------------------------------------------------- sources
@@ -176,8 +201,55 @@ def test_what_is_wrong_is_said(tmp_path):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 no table")
     with pytest.raises(OmniInputError, match="rows.parquet: datasets cannot open it"):
         Source({"path": str(tmp_path / "rows.parquet")})
-    (tmp_path / "list.json").write_text(json.dumps([text_row("c", "d")]))
-    assert question_of(Source({"path": str(tmp_path / "list.json")})[0]) == "c"
+    (tmp_path / "list.json").write_text(json.dumps([text_row("c", "d"), None]))
+    source = Source({"path": str(tmp_path / "list.json")})
+    assert question_of(source[0]) == "c"
+    with pytest.raises(OmniInputError, match="row 2: a JSON object is needed"):
+        source[1]
+    deep = write_jsonl(tmp_path / "deep.jsonl", ["[" * 100_000])
+    with pytest.raises(OmniInputError, match="row 1: RecursionError"):
+        Source({"path": deep})[0]
+    assert isinstance(next(Stream({"path": deep, "streaming": True}))[2], OmniInputError)
+    (tmp_path / "one" / "two").mkdir(parents=True)
+    write_jsonl(tmp_path / "one" / "two" / "rows.jsonl", [text_row("e", "f")])
+    assert question_of(Source({"path": str(tmp_path / "one" / "**" / "*.jsonl")})[0]) == "e"
+
+
+@pytest.mark.parametrize(
+    "source,reason",
+    [
+        ("rows.jsonl", "a source in data is 'rows.jsonl'"),
+        ({"path": 3}, "a source in data is"),
+        ({"path": "x", "limit": -5}, "limit is -5"),
+        ({"path": "x", "limit": 2.5}, "limit is 2.5"),
+        ({"path": "x", "mean_tokens": -5}, "mean_tokens is -5"),
+        ({"path": "x", "weight": "much"}, "weight is 'much'"),
+        ({"path": "nano:typo"}, "nano:typo: no such nano task; known: text_copy"),
+    ],
+)
+def test_wrong_sources_are_named_before_anything_is_read(source, reason):
+    with pytest.raises(OmniInputError, match=reason):
+        data.check_sources([source])
+
+
+def test_a_moved_file_keeps_its_order(tmp_path):
+    orders = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        path = write_jsonl(tmp_path / name / "rows.jsonl", [text_row(f"q{i}", "a") for i in range(50)])
+        orders.append([question_of(Blend([{"path": path}])[place]) for place in range(50)])
+    assert orders[0] == orders[1] != sorted(orders[0])
+
+
+def test_local_urls_start_at_the_folder_of_the_file(tmp_path):
+    parts = [{"type": "image", "url": "a.png"}, {"type": "image_url", "image_url": {"url": "b.png"}}]
+    parts += [{"type": "image", "url": "https://host/c.png"}, {"type": "image", "path": "/d.png"}]
+    found = {"role": "tool", "content": [{"name": "README", "path": "a.md"}]}  # a tool's result, no medium
+    row = adapt_row({"messages": [*text_row(parts, "x")["messages"], found]}, folder=tmp_path)
+    assert row["messages"][-1] == found
+    one, two, three, four = question_of(row)
+    assert one["url"] == str(tmp_path / "a.png") and two["image_url"]["url"] == str(tmp_path / "b.png")
+    assert three["url"] == "https://host/c.png" and four["path"] == "/d.png"
 
 
 # ------------------------------------------------------------------------------------------------- blends
@@ -228,6 +300,14 @@ def test_weights_are_shares_of_tokens(tmp_path, processor):
         sources.append({"path": write_jsonl(tmp_path / f"{name}.jsonl", rows), "weight": weight})
     measured = measure_mean_tokens(sources, processor, row_tokens=1200)
     assert measure_mean_tokens(sources, processor, row_tokens=1200) == measured
+    wild = [
+        text_row("hi", "ab " * 50) | {"tools": [{"function": None}]},
+        text_row("hi", "ab " * 50),
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": 3}]},
+    ]
+    path = write_jsonl(tmp_path / "wild.jsonl", wild)
+    usable = encode_row(wild[1], processor)["input_ids"].shape[1]
+    assert measure_mean_tokens([{"path": path}], processor)[0]["mean_tokens"] == pytest.approx(usable / 3, abs=0.01)
     blend, tokens = Blend(measured), Counter()
 
     @functools.cache
@@ -279,6 +359,10 @@ def test_streams_share_out_rows_and_resume_at_the_exact_one(tmp_path, kind, monk
         resumed = again
         assert [question_of(next(resumed)[2]) for _ in range(20 - start)] == whole[start:]
     assert len(parsed) == (0 if kind == "parquet" else sum(20 - start for start in (0, 5, 7, 8, 13)))
+    resumed = Stream(spec, 1, 3)
+    for start in (2, 3, 7, 8, 13, 4):  # forward, over the end of an epoch, and back
+        resumed.go_to(states[start])
+        assert question_of(next(resumed)[2]) == whole[start]
 
 
 def test_random_access_reads_only_what_is_asked_for(tmp_path, monkeypatch):
@@ -304,6 +388,9 @@ def test_limits_of_a_row(processor):
         encode_row(video, processor, row_tokens=30, cut_long=True)
     with pytest.raises(TooLong, match="media cost"):
         encode_row(video, processor, media_tokens=20)
+    many = {"messages": [{"role": "user", "content": [{"type": "image", "path": "never_opened.png"}] * 400}]}
+    with pytest.raises(TooLong, match="400 media items"):
+        encode_row(many, processor, row_tokens=300)
     with pytest.raises(OmniInputError, match="nothing to learn"):
         encode_row({"messages": long["messages"][:1]}, processor)
 
@@ -322,6 +409,16 @@ def test_random_target_patches_and_frame_caps(processor):
         assert t == 3 and 0.7 * target < h * w <= target
         assert sample["mm_token_type_ids"].eq(2).sum() == t * h * w // 4
         assert len(sample["pixel_values_videos"]) == t * h * w
+    for asked, frames in (
+        (12, 6),
+        (None, 6),
+        (2, 2),
+    ):  # a row may ask for fewer frames than the stage has, not for more
+        part = {**clip, "max_frames": asked}
+        sample = encode_row(
+            {"messages": [row["messages"][0] | {"content": [part]}, row["messages"][1]]}, processor, max_frames=6
+        )
+        assert 2 * sample["video_grid_thw"][0, 0] == frames
     with pytest.raises(OmniInputError, match="video_target_num_patches"):
         encode_row(row, processor, video_target_num_patches=0)
 
@@ -344,7 +441,7 @@ def test_check_data(tmp_path, processor):
     ]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     sources = [{"path": path}, {"path": "nano:text_copy"}, {"path": path, "streaming": True}]
-    report = check_data(sources, processor, 200, progress=False, ansi=False)
+    report = check_data(sources, processor, 200, progress=False, ansi=False, bad_rows=tmp_path / "out" / "bad.jsonl")
     first, nano, stream = report.sources
     assert {key: first[key] for key in ("rows", "usable", "bad", "media", "long")} == {
         "rows": 6,
@@ -356,6 +453,10 @@ def test_check_data(tmp_path, processor):
     assert first["image"] == 9 and first["tokens"] == first["text"] + 9 and nano["usable"] == 64
     assert {**stream, "path": ""} == {**first, "path": ""}
     assert [(bad["row"], bad["file"]) for bad in report.bad_rows[:4]] == [(row, path) for row in (2, 3, 4, 5)]
+    assert [json.loads(line) for line in (tmp_path / "out" / "bad.jsonl").read_text().splitlines()] == report.bad_rows
+    unanswered = write_jsonl(tmp_path / "one.jsonl", [{"messages": picture["messages"][:1], "images": ["good.png"]}])
+    alone = check_data([{"path": unanswered}], processor, 200, progress=False).sources[0]
+    assert alone["bad"] == 1 and alone["media"] == 0  # its picture is good
     assert "bad.png" in report.bad_rows[0]["reason"]
     text = str(report)
     assert "<image x 9>" in text and "[[yes<|im_end|>]]" in text and "limit 200" in text

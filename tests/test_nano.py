@@ -30,13 +30,16 @@ def nano():
 
 # least accuracy on 30 held-out samples; about three standard errors below the README's table
 FLOORS = {
-    "text_copy": 0.85,
-    "text_math": 0.8,
-    "text_speech": 0.9,
-    "image_shape": 0.4,
-    "image_colour": 0.35,
-    "video_direction": 0.8,
-    "video_mover": 0.5,
+    "text_copy": 0.9,
+    "text_math": 0.85,
+    "text_where": 0.75,
+    "text_speech": 0.85,
+    "image_shape": 0.75,
+    "image_colour": 0.9,
+    "image_digits": 0.6,
+    "image_handwritten": 0.5,
+    "video_direction": 0.9,
+    "video_mover": 0.9,
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import re
 
 import numpy as np
@@ -310,12 +311,23 @@ def test_splits_share_no_content():
     seen = {split: set() for split in nano_data.SPLITS}
     for split in nano_data.SPLITS:
         for seed in range(150):
-            for skill in ("text_where", "image_describe", "video_describe_motion", "text_math"):
+            for skill in (
+                "text_where",
+                "image_describe",
+                "video_describe_motion",
+                "text_math",
+                "video_turns",
+                "text_turns",
+            ):
                 sample = nano_data.make_sample(skill, seed, split, think=True)
                 thought = sample["messages"][-1]["reasoning_content"]
                 seen[split].add(thought.split(":")[0])
     assert not seen["train"] & seen["heldout"]
     assert all(in_split(content, split) for split in seen for content in seen[split])
+    for split in nano_data.SPLITS:
+        for seed in range(20):
+            buttons = images.random_buttons(random.Random(seed), split)
+            assert in_split(" ".join([b.colour for b in buttons] + [b.label for b in buttons]), split)
 
 
 def test_splits_share_no_font_voice_or_writer():

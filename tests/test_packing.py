@@ -190,7 +190,7 @@ def test_bad_rows_are_named_counted_and_replaced(rows_file, processor, tmp_path)
     )
     assert not {"0", "10", "55"} & set(names)
     strict = PackedRows(blend, processor, 2, 400, max_bad_share=0.01)
-    with pytest.raises(OmniInputError, match=r"11 of \d+ rows cannot be used; limit 1.0%.*row \d+: "):
+    with pytest.raises(OmniInputError, match=r"11 of the last \d+ rows cannot be used; limit 1.0%.*row \d+: "):
         for _ in zip(DataLoader(strict, batch_size=None, num_workers=1), range(100)):
             pass
 
@@ -250,6 +250,43 @@ def test_resuming_reads_only_the_rows_that_wait(rows_file, processor, monkeypatc
     next(iter(resumed))
     new = len(encoded) - len(position["waiting"])
     assert 0 < new < 20 and position["turn"] > 40
+
+
+def test_resuming_passes_over_a_waiting_row_that_went_bad(rows_file, processor, tmp_path):
+    blend = Blend([{"path": rows_file}])
+    packed = PackedRows(blend, processor, 2, 400, max_bad_share=0.5)
+    packed.consumed(next(iter(packed))["info"])
+    state = packed.state_dict()
+    (position,) = state["lanes"].values()
+    number = blend.locate(position["waiting"][0][0])[1]
+    with open(rows_file, "r+b") as file:
+        file.seek(blend.sources[0].parts[0][1].starts[number])
+        file.write(b"?")
+    resumed = PackedRows(Blend([{"path": rows_file}]), processor, 2, 400, bad_rows=tmp_path / "b", max_bad_share=0.5)
+    resumed.load_state_dict(state)
+    info = next(iter(resumed))["info"]
+    assert json.loads((tmp_path / "b").read_text().splitlines()[0])["row"] == number + 1
+    assert info["bad"] > position["bad"] and info["samples"]
+
+
+def test_a_source_that_breaks_late_is_noticed_soon(rows_file, processor, monkeypatch):
+    monkeypatch.setattr(packing, "BAD_ROWS_BASE", 20)
+    monkeypatch.setattr(packing, "BAD_ROWS_SPAN", 60)
+    packed = PackedRows(Blend([{"path": rows_file, "weight": 1}]), processor, 1, 400, window=1, max_bad_share=0.3)
+    packed.load_state_dict(packed.state_dict() | {"lanes": {0: {"turn": 0, "read": 10**6, "bad": 10}}})
+    real, calls = packing.encode_row, []
+
+    def breaks(*args, **options):
+        calls.append(1)
+        if len(calls) > 80:
+            raise RuntimeError("the disk is gone")
+        return real(*args, **options)
+
+    monkeypatch.setattr(packing, "encode_row", breaks)
+    with pytest.raises(OmniInputError, match="of the last .*RuntimeError: the disk is gone"):
+        for _ in packed:
+            pass
+    assert len(calls) < 120
 
 
 def test_long_text_can_be_cut(rows_file, processor):

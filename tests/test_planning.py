@@ -14,6 +14,7 @@ from modeling_omni.modeling_audio import OmniAudioModel
 from modeling_omni.modeling_language import OmniBlock
 from modeling_omni.modeling_omni import OmniForConditionalGeneration, OmniProjector
 from modeling_omni.modeling_vision import PackedItems, VisionBlock
+from modeling_omni.packing import PackedRows
 from modeling_omni.planning import (
     GIB,
     PEAK,
@@ -22,6 +23,7 @@ from modeling_omni.planning import (
     count_parameters,
     fits_table,
     highest,
+    input_bytes,
     largest_layer,
     memory_estimate,
     plan,
@@ -35,28 +37,30 @@ ALL = ["language", "embeddings", "head", "router", "vision", "vision_projector",
 NO_AUDIO = ALL[:6]
 
 # Table 6 (context 16K = 16,384 and so on; a cell that the paper merges with its left neighbour is written out):
-# context, frames, batch, CP, LR, minimum LR, warm-up, weight decay, trainable modules, recomputed and CPE eval (3.1.8)
-LANGUAGE_VISION = ["language", "vision"]
-EVERY_PART = ["language", "vision", "audio", "vision_projector", "audio_projector"]
+# context, frames, batch, CP, LR, minimum LR, warm-up, weight decay, trainable modules, CPE eval (3.1.8)
 TABLE_6 = [
-    (16384, None, 128, 1, 1e-3, 1e-5, 0.1, 0.01, ["vision_projector"], LANGUAGE_VISION, False),
-    (16384, 64, 256, 1, 5e-5, 0, 0.1, 0.05, NO_AUDIO, LANGUAGE_VISION, True),
-    (16384, None, 512, 1, 1e-3, 1e-5, 0.1, 0.01, ["audio_projector"], LANGUAGE_VISION, None),
-    (16384, None, 512, 1, 2.5e-5, 0, 0.1, 0.05, ["audio", "audio_projector"], LANGUAGE_VISION, None),
-    (16384, 64, 512, 1, 1e-5, 1e-7, 0.1, 0.05, ALL, ["language", "vision", "audio"], True),
-    (49152, 256, 256, 2, 1e-6, 0, 0.01, 0.05, ALL, EVERY_PART, True),
-    (262144, 256, 128, 16, 1e-6, 0, 0.1, 0.05, NO_AUDIO, EVERY_PART, False),
+    (16384, None, 128, 1, 1e-3, 1e-5, 0.1, 0.01, ["vision_projector"], False),
+    (16384, 64, 256, 1, 5e-5, 0, 0.1, 0.05, NO_AUDIO, True),
+    (16384, None, 512, 1, 1e-3, 1e-5, 0.1, 0.01, ["audio_projector"], None),
+    (16384, None, 512, 1, 2.5e-5, 0, 0.1, 0.05, ["audio", "audio_projector"], None),
+    (16384, 64, 512, 1, 1e-5, 1e-7, 0.1, 0.05, ALL, True),
+    (49152, 256, 256, 2, 1e-6, 0, 0.01, 0.05, ALL, True),
+    (262144, 256, 128, 16, 1e-6, 0, 0.1, 0.05, NO_AUDIO, False),
 ]
-TABLE_1 = [15.5e9, 214.8e9, 11.4e9, 100.5e9, 57.3e9, 33.5e9, 34.0e9]
-SHARES = [  # Tables 2 to 5, percent of tokens; none are given for stages 0 to 2
-    [100],
-    [100],
-    [100],
-    [22.7, 24.4, 43.3, 9.6],
-    [53.4, 6.1, 0.02, 0.02, 11.0, 4.2, 2.8, 1.1, 4.4, 16.9],
-    [0.4, 11.3, 9.8, 7.2, 0.1, 0.6, 5.8, 3.3, 10.2, 0.3, 39.1, 11.8],
-    [90.9, 7.3, 1.5, 0.3],
-]
+TABLE_1 = [(9.35e6, 15.5e9), (86.3e6, 214.8e9), (59.2e6, 11.4e9), (242.0e6, 100.5e9)]  # samples, tokens
+TABLE_1 += [(30.5e6, 57.3e9), (6.08e6, 33.5e9), (623e3, 34.0e9)]
+# Tables 2 to 5: samples, percent of tokens, tokens
+TABLE_2 = [(113.8e6, 22.7, 22.8e9), (61.0e6, 24.4, 24.5e9), (19.8e6, 43.3, 43.5e9), (47.5e6, 9.6, 9.6e9)]
+TABLE_3 = [(14.6e6, 53.4, 30.6e9), (948e3, 6.1, 3.5e9), (14e3, 0.02, 10.4e6), (9e3, 0.02, 10.0e6)]
+TABLE_3 += [(1.3e6, 11.0, 6.3e9), (388e3, 4.2, 2.4e9), (251e3, 2.8, 1.6e9), (2.9e6, 1.1, 640e6)]
+TABLE_3 += [(765e3, 4.4, 2.5e9), (9.3e6, 16.9, 9.7e9)]
+TABLE_4 = [(650e3, 0.4, 0.12e9), (2.84e6, 11.3, 3.80e9), (1.17e6, 9.8, 3.28e9), (101e3, 7.2, 2.42e9)]
+TABLE_4 += [(45e3, 0.1, 0.04e9), (25e3, 0.6, 0.21e9), (96e3, 5.8, 1.95e9), (74e3, 3.3, 1.11e9)]
+TABLE_4 += [(167e3, 10.2, 3.42e9), (6e3, 0.3, 0.09e9), (710e3, 39.1, 13.10e9), (198e3, 11.8, 3.94e9)]
+TABLE_5 = [(508e3, 90.9, 30.9e9), (63e3, 7.3, 2.5e9), (2.2e3, 1.5, 506e6), (50e3, 0.3, 106e6)]
+BLENDS = [[(samples, 100, tokens)] for samples, tokens in TABLE_1[:3]] + [TABLE_2, TABLE_3, TABLE_4, TABLE_5]
+# 3.1.8: the first stage of each; the paper spares Mamba of `language`, see test_paper_recompute_does_not_fit
+RECOMPUTED_FROM = {"language": 0, "vision": 0, "audio": 4, "vision_projector": 5, "audio_projector": 5}
 
 
 def arguments(values: dict) -> SFTArguments:
@@ -81,7 +85,7 @@ def in_gib(value: float) -> float:
 
 @pytest.mark.parametrize("number", range(7))
 def test_stages_are_table_6(number):
-    context, frames, batch, cp, rate, low, warmup, decay, groups, recompute, cpe = TABLE_6[number]
+    context, frames, batch, cp, rate, low, warmup, decay, groups, cpe = TABLE_6[number]
     values = values_of(number)
     expected = {
         "row_tokens": context,
@@ -92,29 +96,21 @@ def test_stages_are_table_6(number):
         "warmup_fraction": warmup,
         "weight_decay": decay,
         "train": groups,
-        "recompute": recompute,
+        "recompute": [part for part, first in RECOMPUTED_FROM.items() if number >= first],
         "optimizer": "adamw",
-        "train_tokens": TABLE_1[number],
-        "steps": math.ceil(TABLE_1[number] / (batch * context)),
+        "train_tokens": TABLE_1[number][1],
+        "steps": math.ceil(TABLE_1[number][1] / (batch * context)),
     }
     assert {key: values[key] for key in expected} == expected
     assert values.get("max_frames") == frames
     assert values.get("patches_per_frame") == (frames and [256, 512, 768, 1024])
     assert values.get("cpe_eval") == cpe
-    assert [source["weight"] for source in values["data"]] == SHARES[number]
-    assert len({source["path"] for source in values["data"]}) == len(SHARES[number])
+    blend = [(share, round(tokens / samples)) for samples, share, tokens in BLENDS[number]]
+    assert [(source["weight"], source["mean_tokens"]) for source in values["data"]] == blend
+    assert len({source["path"] for source in values["data"]}) == len(blend)
     assert values["model"] == ("checkpoints/30b-start" if number == 0 else f"runs/30b/stage{number - 1}/final")
     assert stage(number).learning_rate == rate
     assert values["expert_parallel"] == (8 if "language" in groups else 1)  # frozen experts: see lora.py
-
-
-def test_every_key_of_the_files_has_a_comment():
-    for file in STAGES.glob("*.yaml"):
-        previous = ""
-        for line in file.read_text().splitlines():
-            key = line.split("#")[0].strip()
-            assert not key or "#" in line or key.endswith(":") or previous.startswith("#"), f"{file}: {line}"
-            previous = line
 
 
 # ---- the released sizes: the paper estimate of the states ----
@@ -141,14 +137,16 @@ def test_parameters_of_the_released_model():
 def test_states_and_block_inputs_of_the_released_model():
     config = OmniConfig()
     full = stage_memory(config, stage(4), released_counts(), gpus=8)
-    assert in_gib(full["weights"] + full["gradients"] + full["optimizer"]) == 61.5
+    assert in_gib(full["weights"] + full["gradients"] + full["optimizer"]) == 69.2
     # expert parallelism and ZeRO-3 hold the same states; only what is gathered differs
     alone = stage_memory(config, stage(4, expert_parallel=1), released_counts(), gpus=8)
     assert alone["optimizer"] == full["optimizer"]
     assert in_gib(alone["buffers"] - full["buffers"]) == in_gib(2 * 2 * (29_374_808_064 / 23 - 131072 * 2688))
     offload = stage_memory(config, stage(4), released_counts(), gpus=8, offload=True)
     assert in_gib(offload["weights"]) == 7.7 and offload["gradients"] == offload["optimizer"] == 0
-    assert round(offload["host"] / GIB) == 492  # 369 of masters and moments, 123 of float32 gradients
+    # 369 of masters and moments, 2 x 123 of gradients; 64 x 7 rows at the workers and 8 x 64 of a step, 0.2 each
+    assert round((offload["host"] - full["host"]) / GIB) == 615
+    assert full["host"] == (64 * 7 + 8 * 64) * 16384 * 4 * 3 * 16 * 16 * 4
     for number, cp, gib in ((4, 1, 4.3), (5, 1, 12.8), (5, 2, 6.4), (6, 8, 8.5)):
         args = stage(number, context_parallel=cp)
         kept = activation_phases(config, args, {"language"}, 2, context_parallel=cp)[0][1]
@@ -161,10 +159,20 @@ def test_states_and_block_inputs_of_the_released_model():
         assert in_gib(phases[0][1]) == gib
 
 
+@pytest.mark.parametrize("row_tokens", [16384, 49152])
+def test_pixels_on_the_host_follow_the_window(row_tokens):
+    args = arguments({"row_tokens": row_tokens, "workers": 3})
+    rows = input_bytes(OmniConfig(), args, accumulation=5, rows=2) / (row_tokens * 4 * 3 * 16 * 16 * 4)
+    assert rows == 3 * (PackedRows(None, None, 2, row_tokens).window + 2 + 2 * 2) + 5 * 2
+    args.media_tokens = row_tokens
+    assert input_bytes(OmniConfig(), args, 5, 2) == rows * row_tokens * 3 * 16 * 16 * 4
+
+
 def test_plan_of_the_30b_stages():
     best = {}
     for number in range(7):
-        result = plan(stage(number))
+        # the 128 rows of a step of stage 6, all held at once by each of 8 processes, are 3 TiB of pixels
+        result = plan(stage(number), host_gib=8192 if number == 6 else 1024)
         assert "released" in result["sizes"]
         assert result["steps"] == values_of(number)["steps"]
         best[number] = result["best"]
@@ -176,20 +184,39 @@ def test_plan_of_the_30b_stages():
     assert [best[number]["how"] for number in (1, 4, 5, 6)] == ["offload"] * 4
     assert best[6]["changes"] == {"context_parallel": 8} and best[6]["accumulation"] == 128
     # 256k takes 8 GPUs a row, and a small host takes offload away
-    short = plan(stage(6, context_parallel=1))
+    short = plan(stage(6, context_parallel=1), host_gib=8192)
     assert short["best"]["how"] == "offload, CP 8"
     assert not next(row for row in short["rows"] if row["how"] == "offload")["fits"]
     assert next(row for row in short["rows"] if row["nodes"] > 1)["changes"]["context_parallel"] == 8
+    crowded = plan(stage(6))["best"]
+    assert (crowded["how"], crowded["accumulation"]) == ("8 nodes", 32)
     poor = plan(stage(4), host_gib=256)
     assert poor["best"]["how"] == "2 nodes" and poor["best"]["data_parallel"] == 16
     lora = next(row for row in poor["rows"] if row["lora"])
-    assert lora["fits"] and lora["changes"]["expert_parallel"] == 1 and lora["host"] == 0
+    assert lora["fits"] and lora["changes"]["expert_parallel"] == 1 and lora["host"] / GIB < 200
     assert in_gib(lora["weights"]) == 7.7 and lora["gradients"] + lora["optimizer"] < 0.1 * GIB
     assert plan(stage(4), gpus=1, gpu_gib=24, host_gib=64)["best"] is None
 
 
+@pytest.mark.parametrize(("number", "gpus", "cp", "ep"), [(6, 6, 6, 2), (5, 7, 1, 1), (4, 12, 1, 4), (4, 3, 1, 1)])
+def test_degrees_divide_the_gpus_and_the_experts(number, gpus, cp, ep):
+    rows = plan(stage(number), gpus=gpus)["rows"]
+    assert rows[0]["context_parallel"] == cp and rows[0]["changes"].get("expert_parallel", 8) == ep
+    for row in rows:
+        assert row["data_parallel"] * row["context_parallel"] == gpus * row["nodes"]
+        assert gpus * row["nodes"] % row["changes"].get("expert_parallel", 8) == 0
+
+
+def test_paper_recompute_does_not_fit():
+    """What the paper recomputes of the language model, everything but Mamba, is not enough with a scan in torch."""
+    kept = stage(4, recompute=["attention", "moe", "mlp", "vision", "audio"])
+    row = stage_memory(OmniConfig(), kept, released_counts(), gpus=8, offload=True)
+    assert 23 * block_bytes(OmniConfig(), "M", 2) == pytest.approx(9.3e6, rel=0.01)
+    assert row["kept"] > 23 * 16384 * block_bytes(OmniConfig(), "M", 2) > 80 * GIB
+
+
 def test_tables(capsys, monkeypatch):
-    table = fits_table([(f"stage{number}", stage(number)) for number in (0, 6)]).splitlines()
+    table = fits_table([(f"stage{number}", stage(number)) for number in (0, 4)]).splitlines()
     assert len(table) == 4 and len({line.count("|") for line in table}) == 1
     assert "as configured" in table[2] and "offload" in table[3] and "2 nodes" in table[3]
     paths = [str(STAGES / f"stage{number}.yaml") for number in (0, 5)]
@@ -333,7 +360,7 @@ def test_saved_bytes_of_a_block(config, kind, dtype):
     assert 0.75 < peak / (estimated * PEAK.get(kind, PEAK["projector"])) < 1.05, kind
 
 
-@pytest.mark.parametrize("recompute", [[], EVERY_PART], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("recompute", [[], [*RECOMPUTED_FROM]], ids=["kept", "recomputed"])
 def test_activations_of_the_whole_model(config, recompute):
     """A row nearly full of pictures, trained as a whole: memory after the forward pass and at the height."""
     model = randomize(OmniForConditionalGeneration(config)).train()

@@ -133,9 +133,8 @@ def make_sample(skill: str, seed: int, split: str = "train", think: bool | None 
 def score(sample: dict, answer: str) -> bool:
     """Whether `answer` (text after `</think>`) is the sample's answer, but for case, spaces and a last full stop.
 
-    A point (of POINTING_SKILLS) is right where it lies on the button.
-
-    Words read from pictures are upper-case in both, so case never hides a mistake there.
+    A point (of POINTING_SKILLS) is right within 12 percent across and 7 percent down of the button's centre, so on the
+    button. Words read from pictures are upper-case in both, so case never hides a mistake there.
     """
     expected = sample["messages"][-1]["content"]
     if sample["skill"] in POINTING_SKILLS:  # a button is at least 30 x 18 percent of the picture

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from . import fonts, scenes, text
-from .vocabulary import CHARACTERS, COLOURS, PLACES, SHAPES, sample_random
+from .vocabulary import CHARACTERS, COLOURS, PLACES, SHAPES, in_split, sample_random
 
 CELL = 4  # pixels per side of one dense label
 IGNORE = -100
@@ -353,13 +353,14 @@ class Button:
 
 def random_buttons(rng: random.Random, split: str) -> list[Button]:
     """Two to four buttons of different colours and labels that do not touch, in a 2 x 3 raster with play."""
-    cells = rng.sample([(row, column) for row in range(3) for column in range(2)], rng.randint(2, 4))
-    colours, buttons = rng.sample(list(COLOURS), len(cells)), []
-    while len(buttons) < len(cells):
-        (row, column), colour = cells[len(buttons)], colours[len(buttons)]
-        label = random_label(rng, split)
-        if any(label == button.label for button in buttons):
-            continue
+    count = rng.randint(2, 4)
+    while True:
+        colours, labels = rng.sample(list(COLOURS), count), [random_label(rng, split) for _ in range(count)]
+        if len(set(labels)) == count and in_split(" ".join(colours + labels), split):
+            break
+    buttons = []
+    cells = rng.sample([(row, column) for row in range(3) for column in range(2)], count)
+    for (row, column), colour, label in zip(cells, colours, labels, strict=True):
         width, height = rng.randint(30, 42), rng.randint(18, 25)
         left, top = 4 + 48 * column + rng.randint(0, 44 - width), 4 + 32 * row + rng.randint(0, 28 - height)
         buttons.append(Button(colour, label, (left, top, left + width, top + height)))

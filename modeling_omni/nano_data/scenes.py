@@ -210,15 +210,18 @@ def random_turns(rng: random.Random) -> list[str]:
     return motions
 
 
+def tell_turns(thing: Thing, motions: list[str]) -> str:
+    return f"{thing.name} moves {', '.join(motions)}"
+
+
 def ask_turns(thing: Thing, motions: list[str], rng: random.Random) -> tuple[str, str, str]:
     """A question about one shape's motions in their order: question, answer, thought."""
-    told = f"{thing.name} moves {', '.join(motions)}"
     return *rng.choice((
         (f"Which way does the {thing.shape} move first?", motions[0]),
         (f"Which way does the {thing.shape} move last?", motions[-1]),
         (f"How many times does the {thing.shape} change its way?", str(len(motions) - 1)),
         (f"Which ways does the {thing.shape} move?", ", ".join(motions)),
-    )), told  # fmt: skip
+    )), tell_turns(thing, motions)  # fmt: skip
 
 
 def vary(question: str, rng: random.Random) -> str:

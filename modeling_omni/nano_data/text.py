@@ -124,10 +124,17 @@ def motion(rng: random.Random, split: str) -> Exchange:
     return f"{fact}.\n{scenes.vary(question, rng)}", answer, scenes.describe(things)
 
 
+def turning_thing(rng: random.Random, split: str) -> tuple[scenes.Thing, list[str]]:
+    """A shape and the ways it moves, one after the other, that belong to `split`."""
+    while True:
+        (thing,), motions = scenes.random_things(rng, 1), scenes.random_turns(rng)
+        if in_split(scenes.tell_turns(thing, motions), split):
+            return thing, motions
+
+
 def turns(rng: random.Random, split: str) -> Exchange:
     """The twin of longer clips."""
-    (thing,) = split_scene(lambda: scenes.random_things(rng, 1), split)
-    motions = scenes.random_turns(rng)
+    thing, motions = turning_thing(rng, split)
     question, answer, thought = scenes.ask_turns(thing, motions, rng)
     return f"{thing.name} moves {', then '.join(motions)}.\n{scenes.vary(question, rng)}", answer, thought
 

@@ -116,8 +116,7 @@ def heard_motion_sample(rng: random.Random, split: str) -> tuple:
 
 def turns_sample(rng: random.Random, split: str) -> tuple:
     """A longer clip: one shape that moves two to four times, each time another way."""
-    (thing,) = text.split_scene(lambda: scenes.random_things(rng, 1), split)
-    motions = scenes.random_turns(rng)
+    thing, motions = text.turning_thing(rng, split)
     side, part = rng.choice((64, 96)), rng.choice((4, 6))
     steps = np.repeat([MOTIONS[motion] for motion in motions], part, axis=0).astype(float)  # [T, 2]
     corners = np.concatenate([np.zeros((1, 2)), np.cumsum(steps, 0)])[:-1] / part
