@@ -216,16 +216,16 @@ def highest(phases: list[tuple[str, float, float]]) -> tuple[str, float, float, 
 # ---- one case ----
 
 
-def input_bytes(config: OmniConfig, args, accumulation: int, rows: int = 1) -> float:
-    """Bytes of host memory of the decoded float32 pixels that one process and its loader workers hold at once.
+def input_bytes(config: OmniConfig, args, accumulation: int, rows: int = 1, b: int = 4) -> float:
+    """Bytes of host memory of the decoded pixels that one process and its loader workers hold at once.
 
-    A worker has its window with the rows that it packs next, and two batches (what DataLoader fetches ahead); the
-    process has all batches of a step, whole also under context parallelism, since their trained tokens are counted
-    before the first forward pass.
+    A worker has its window with the rows that it packs next, and two batches (what DataLoader fetches ahead), in
+    float32; the process has its own share of all batches of a step, in the dtype of the weights (`b` bytes), since
+    their trained tokens are counted before the first forward pass.
     """
     patches = min(args.row_tokens * config.merge_size**2, args.media_tokens or math.inf)
     window = 4 if args.row_tokens < LONG_ROW else 1  # of PackedRows
-    held = max(1, args.workers) * (window + 3 * rows) + accumulation * rows
+    held = max(1, args.workers) * (window + 3 * rows) + accumulation * rows / args.context_parallel * b / 4
     return held * patches * 4 * 3 * config.vision_config.patch_size**2
 
 
@@ -265,7 +265,7 @@ def stage_memory(
         gradients = counts.get("language", (0, 0))[0] > counts.get("language", (0, 0))[1]
         buffers += ZERO_BUFFERS + largest_layer(config, args.expert_parallel) * b * (1 + gradients)
     readers = max(1, world // args.context_parallel) * rows
-    pixels = gpus * input_bytes(config, args, math.ceil(args.global_batch_size / readers), rows)
+    pixels = gpus * input_bytes(config, args, math.ceil(args.global_batch_size / readers), rows, b)
     row = {
         "weights": weights / share,
         "gradients": 0 if offload else 4 * trained / share,

@@ -67,6 +67,9 @@ GROUPS = {
 RECOMPUTED = {name: GROUPS[name] for name in ("language", "vision", "vision_projector", "audio", "audio_projector")}
 
 
+PIXELS = {"pixel_values", "pixel_values_videos"}
+
+
 def _key(default, text: str):
     """A key of the YAML file: its default (a list or dict is copied) and what it is."""
     if isinstance(default, (list, dict)):
@@ -347,7 +350,8 @@ def train_sft(args: SFTArguments) -> None:
         resume_settings(args, resolved)
     processor = OmniProcessor.from_pretrained(resolve_checkpoint(args.processor or args.model))
 
-    model = build_model(args, distributed.model_dtype(accelerator), None if args.lora is not None else resumed)
+    dtype = distributed.model_dtype(accelerator)
+    model = build_model(args, dtype, None if args.lora is not None else resumed)
     distributed.prepare_expert_parallel(model, args.expert_parallel, accelerator)
     group = context_group(args.context_parallel)
     set_context_parallel(model, group)
@@ -409,13 +413,20 @@ def train_sft(args: SFTArguments) -> None:
                 one["lr"] = peak * factor
         # random windows of positions and dropout of adapters are functions of the step, so that resuming is exact
         torch.manual_seed((args.seed * 1_000_003 + step) * 65_536 + rank // args.context_parallel)
-        batches = list(islice(loader, accumulation))
-        infos = [rows.consumed(batch.pop("info")) for batch in batches]
-        own = batches
-        if world > 1:
-            batches = [distributed.pad_missing_modalities(batch, model_inside(model).config) for batch in batches]
-        if group is not None:
-            batches = [shard_batch(batch, rank % args.context_parallel, args.context_parallel) for batch in batches]
+        batches, infos, own = [], [], []
+        for batch in islice(loader, accumulation):
+            infos.append(rows.consumed(batch.pop("info")))
+            if unreached:
+                own.append(batch)
+            if world > 1:
+                batch = distributed.pad_missing_modalities(batch, model_inside(model).config)
+            if group is not None:
+                batch = shard_batch(batch, rank % args.context_parallel, args.context_parallel)
+            for name in PIXELS & batch.keys():
+                # decoded media of a whole step can fill the host: held in the model's dtype, and where a shard is a
+                # view that would keep all of its row, as a copy
+                batch[name] = batch[name].to(dtype, copy=group is not None)
+            batches.append(batch)
         tokens = distributed.agree_on_step(accelerator, model, batches)
         loss_sum = 0.0
         for number, batch in enumerate(batches):

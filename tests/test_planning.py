@@ -144,9 +144,9 @@ def test_states_and_block_inputs_of_the_released_model():
     assert in_gib(alone["buffers"] - full["buffers"]) == in_gib(2 * 2 * (29_374_808_064 / 23 - 131072 * 2688))
     offload = stage_memory(config, stage(4), released_counts(), gpus=8, offload=True)
     assert in_gib(offload["weights"]) == 7.7 and offload["gradients"] == offload["optimizer"] == 0
-    # 369 of masters and moments, 2 x 123 of gradients; 64 x 7 rows at the workers and 8 x 64 of a step, 0.2 each
+    # 369 of masters and moments, 2 x 123 of gradients; 64 x 7 rows at the workers and 8 x 64 / 2 of a step, 0.2 each
     assert round((offload["host"] - full["host"]) / GIB) == 615
-    assert full["host"] == (64 * 7 + 8 * 64) * 16384 * 4 * 3 * 16 * 16 * 4
+    assert full["host"] == (64 * 7 + 8 * 64 / 2) * 16384 * 4 * 3 * 16 * 16 * 4
     for number, cp, gib in ((4, 1, 4.3), (5, 1, 12.8), (5, 2, 6.4), (6, 8, 8.5)):
         args = stage(number, context_parallel=cp)
         kept = activation_phases(config, args, {"language"}, 2, context_parallel=cp)[0][1]
@@ -171,8 +171,7 @@ def test_pixels_on_the_host_follow_the_window(row_tokens):
 def test_plan_of_the_30b_stages():
     best = {}
     for number in range(7):
-        # the 128 rows of a step of stage 6, all held at once by each of 8 processes, are 3 TiB of pixels
-        result = plan(stage(number), host_gib=8192 if number == 6 else 1024)
+        result = plan(stage(number))
         assert "released" in result["sizes"]
         assert result["steps"] == values_of(number)["steps"]
         best[number] = result["best"]
@@ -184,12 +183,10 @@ def test_plan_of_the_30b_stages():
     assert [best[number]["how"] for number in (1, 4, 5, 6)] == ["offload"] * 4
     assert best[6]["changes"] == {"context_parallel": 8} and best[6]["accumulation"] == 128
     # 256k takes 8 GPUs a row, and a small host takes offload away
-    short = plan(stage(6, context_parallel=1), host_gib=8192)
+    short = plan(stage(6, context_parallel=1))
     assert short["best"]["how"] == "offload, CP 8"
     assert not next(row for row in short["rows"] if row["how"] == "offload")["fits"]
     assert next(row for row in short["rows"] if row["nodes"] > 1)["changes"]["context_parallel"] == 8
-    crowded = plan(stage(6))["best"]
-    assert (crowded["how"], crowded["accumulation"]) == ("8 nodes", 32)
     poor = plan(stage(4), host_gib=256)
     assert poor["best"]["how"] == "2 nodes" and poor["best"]["data_parallel"] == 16
     lora = next(row for row in poor["rows"] if row["lora"])
