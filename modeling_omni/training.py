@@ -375,8 +375,8 @@ def train_sft(args: SFTArguments) -> None:
         settings + "\n" + (parameter_table(model, GROUPS, group_of) if args.lora is None else lora_table(model))
     )
     accelerator.print(memory_estimate(
-        args, world, distributed.model_dtype(accelerator), sharded, gpu=torch.cuda.is_available(),
-        rows=args.micro_batch_size, config=model.config,
+        args, world, dtype, sharded, distributed.offloads(accelerator), torch.cuda.is_available(),
+        args.micro_batch_size, model.config,
     ))  # fmt: skip
     accelerator.print(
         f"{accumulation} micro-batches x {readers} readers x {args.micro_batch_size} packed rows per step"
