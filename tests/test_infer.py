@@ -559,7 +559,7 @@ NANO = ROOT / "modeling_omni" / "nano"
 
 
 EXAMPLES = json.loads((NANO / "examples" / "examples.json").read_text())
-WRONG = {"Read the word.", "Which digits are spoken?"}  # README: one letter, one digit off
+WRONG = {"Read the word.", "Which digits are spoken?"}  # README: HELOC for HELLO, 427 for 407
 UNDERTRAINED = pytest.mark.xfail(strict=True, reason="the shipped nano answers this one wrongly")
 
 
