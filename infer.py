@@ -274,16 +274,14 @@ def run_chat(options) -> int:
         note("/help lists the commands; end of input quits")
     chat = {"messages": [], "attached": [], "system": options.system, "think": options.think}
     while True:
+        said, line = len(chat["messages"]), ""
         try:
-            line = input("> " if interactive else "")
-        except EOFError:
-            return 0
-        except KeyboardInterrupt:
-            note("\n/quit leaves")
-            continue
-        command, _, rest = line.partition(" ")
-        rest = rest.strip()
-        try:
+            try:
+                line = input("> " if interactive else "")
+            except EOFError:
+                return 0
+            command, _, rest = line.partition(" ")
+            rest = rest.strip()
             if command in ("/image", "/video", "/audio"):
                 path = rest[1:-1] if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "'\"" else rest
                 path = os.path.expanduser(path)
@@ -311,7 +309,10 @@ def run_chat(options) -> int:
         except OmniInputError as error:
             note(f"error: {error}")
         except KeyboardInterrupt:
-            note("\n(stopped; this message was not sent)")
+            if line and len(chat["messages"]) == said:
+                note("\n(stopped; this message was not sent)")
+            else:  # at the prompt, or between the answer and the prompt
+                note("\n/quit leaves")
 
 
 def chat_turn(model, processor, chat: dict, text: str, options) -> None:

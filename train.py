@@ -3,13 +3,48 @@
 Commands:
     sft     one supervised stage (paper 3.1); with --check-data it only reads the data and reports on them
     tower   pre-training of nano's vision or audio tower on dense labels
+    recipe  several configs, one after the other, and the report: `train.py recipe CONFIG... [--launch ACCELERATE_YAML]`
     report  what every skill scored after every stage, as a table and a plot
     plan    memory, batches and steps of stages on given GPUs; computes, trains nothing
 
 Several processes: `accelerate launch --config_file configs/accelerate/<name>.yaml train.py sft --config ...`.
 """
 
+import argparse
+import subprocess
 import sys
+from pathlib import Path
+
+
+def recipe(argv: list[str]) -> None:
+    """Trains every config that has not finished yet, in order; killed, the same command goes on where it was."""
+    import yaml
+
+    from modeling_omni.reporting import report_command
+
+    parser = argparse.ArgumentParser(prog="train.py recipe", description=recipe.__doc__)
+    parser.add_argument("configs", nargs="+", type=Path, help="YAML files of `sft` stages and of `tower`s")
+    parser.add_argument("--launch", help="accelerate config for the stages (towers train in one process)")
+    parser.add_argument("--plot", help="draw the held-out accuracy after every stage into this file")
+    options = parser.parse_args(argv)
+    stages = []
+    for path in options.configs:
+        settings = yaml.safe_load(path.read_text())
+        folder, is_tower = Path(settings["output_dir"]), "tower" in settings
+        finished = folder / (f"step-{settings['steps']}" if is_tower else "final/config.json")
+        if not is_tower:
+            stages.append(str(folder))
+        if finished.exists():
+            print(f"{path}: {finished} exists, nothing to do", flush=True)
+            continue
+        launch = [sys.executable]
+        if options.launch and not is_tower:
+            launch += ["-m", "accelerate.commands.launch", "--config_file", options.launch]
+        command = [*launch, __file__, "tower" if is_tower else "sft", "--config", str(path)]
+        print(" ".join(command), flush=True)
+        if subprocess.run(command).returncode != 0:
+            sys.exit(f"{path} failed; mend it and run the same command again, finished stages are kept")
+    report_command([*stages, *(["--plot", options.plot] if options.plot else [])])
 
 
 def main() -> None:
@@ -27,6 +62,8 @@ def main() -> None:
         from modeling_omni.training import load_arguments
 
         pretrain_tower(load_arguments(TowerArguments, argv))
+    elif command == "recipe":
+        recipe(argv)
     elif command == "report":
         from modeling_omni.reporting import report_command
 

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .data import Blend
@@ -115,7 +116,7 @@ def heldout_losses(model, processor, args, device) -> dict[str, float]:
 def evaluate(accelerator, model, processor, args, folder: Path, step: int, previews: Previews) -> dict[str, float]:
     """Losses on `eval_data`, previews, and the held-out accuracy of `heldout_skills`: printed, logged and written down.
 
-    Answers are written by the first process while the others wait; with ZeRO-3 there are losses only.
+    The processes share the skills out among themselves; with ZeRO-3 there are losses only.
 
     Args:
         model: the prepared model.
@@ -132,16 +133,20 @@ def evaluate(accelerator, model, processor, args, folder: Path, step: int, previ
         append_line(folder / "heldout_loss.jsonl", {"step": step, **losses})
         accelerator.log({f"heldout_loss/{path}": loss for path, loss in losses.items()}, step)
         tqdm.write(f"step {step} held-out loss: " + ", ".join(f"{path} {loss:.3f}" for path, loss in losses.items()))
-    if accelerator.is_main_process and not is_sharded(accelerator):
+    if not is_sharded(accelerator):
         from .evaluation import heldout_accuracy
 
         inside, skills = model_inside(model), heldout_skills(args)
-        previews.show(inside, folder, step)
+        if accelerator.is_main_process:
+            previews.show(inside, folder, step)
         if skills and args.eval_samples:
-            table = heldout_accuracy(inside, processor, skills, args.eval_samples)
-            append_line(folder / "heldout.jsonl", {"step": step, **table})
+            own = skills[accelerator.process_index :: accelerator.num_processes]
+            found = dict(gather_object(list(heldout_accuracy(inside, processor, own, args.eval_samples).items())))
+            table = {skill: found[skill] for skill in skills if skill in found}
+            if accelerator.is_main_process:
+                append_line(folder / "heldout.jsonl", {"step": step, **table})
+                tqdm.write(f"step {step} held out: " + ", ".join(f"{name} {value:.2f}" for name, value in table.items()))
             accelerator.log({f"heldout/{skill}": value for skill, value in table.items()}, step)
-            tqdm.write(f"step {step} held out: " + ", ".join(f"{skill} {value:.2f}" for skill, value in table.items()))
     model.train(was_training)
     accelerator.wait_for_everyone()
     return table

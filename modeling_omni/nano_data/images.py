@@ -17,6 +17,7 @@ from . import fonts, scenes, text
 from .vocabulary import CHARACTERS, COLOURS, PLACES, SHAPES, in_split, sample_random
 
 CELL = 4  # pixels per side of one dense label
+CAP_HEIGHTS = (16, 32)  # pixels of printed capitals; the tower learns all of them, or it reads none of the others
 IGNORE = -100
 # dense labels, channel 0: 0 background, then shapes, then characters; channel 1: 0 none, then colours
 THING_CLASSES = ("background", *SHAPES, *CHARACTERS)
@@ -214,7 +215,7 @@ def _write(picture, ground, word: str, box: tuple, rng: random.Random, split: st
     """Paints a word or a number within box (left, top, right, bottom) in a random face, size and colour."""
     face = face or rng.choice(fonts.faces(split))
     left, top, right, bottom = box
-    cap_height, spacing = rng.uniform(16, 34), rng.uniform(0.0, 0.22)
+    cap_height, spacing = rng.uniform(*CAP_HEIGHTS), rng.uniform(0.0, 0.22)
     cap_height = min(cap_height, 0.8 * (bottom - top))
     for _ in range(2):  # the second pass fits the width
         placed = fonts.word_masks(face, word, cap_height, spacing)
@@ -250,7 +251,7 @@ def contrasting(ground, rng: random.Random) -> str:
 def draw_word(word: str, rng: random.Random, split: str) -> tuple[np.ndarray, list[Ink]]:
     """A picture with one printed word or number, sometimes on a sign."""
     height, width = random_size(rng)
-    if len(word) > 4 and width == 96 and rng.random() < 0.5:
+    if len(word) > 3 and width == 96 and rng.random() < 0.7:
         width = 128
     picture, ground = background(rng, height, width, [])
     if rng.random() < 0.25:
@@ -430,29 +431,29 @@ def dense_labels(inks: list[Ink], height: int, width: int) -> np.ndarray:
 def dense_image_sample(seed: int, split: str = "train") -> tuple[Image.Image, np.ndarray]:
     """A busy picture and its `dense_labels`, to teach the vision tower before there is any text.
 
-    Half of them hold lines of printed characters (about ten of them), the others shapes or handwritten digits.
+    Most hold lines of printed characters (about ten of them), the others shapes or handwritten digits.
     """
     rng = sample_random("dense_image", seed, split)
     how = rng.random()
-    if how < 0.32:
+    if how < 0.2:
         picture, inks = draw_things(scenes.random_things(rng, rng.randint(1, 5), distinct=False), rng)
         if rng.random() < 0.5:
             picture, inks = draw_things(scenes.random_things(rng, rng.randint(1, 4)), rng)
     else:
         height, width = random_size(rng)
         picture, ground = background(rng, height, width, [])
-        inks, top, handwritten = [], rng.randint(2, 8), how > 0.82
+        inks, top, handwritten = [], rng.randint(2, 8), how > 0.8
         while top + 22 < height:
-            line = rng.randint(22, 34) if not handwritten else rng.randint(24, 40)
+            line = rng.randint(22, 40) if not handwritten else rng.randint(24, 44)
             box = (3, top, width - 3, min(height - 1, top + line))
             if handwritten:
                 digits = "".join(rng.choices("0123456789", k=rng.randint(2, width // 30)))
                 inks += _handwrite(picture, ground, digits, box, rng, split)
             else:
                 letters = CHARACTERS[:10] if rng.random() < 0.3 else CHARACTERS[10:]
-                inks += _write(
-                    picture, ground, "".join(rng.choices(letters, k=rng.randint(2, width // 24))), box, rng, split
-                )
+                most = round(width / (0.75 * line))  # more of them would be squeezed to a smaller size
+                written = "".join(rng.choices(letters, k=rng.randint(2, max(2, most))))
+                inks += _write(picture, ground, written, box, rng, split)
             top += line + rng.randint(0, 6)
     height, width, _ = picture.shape
     return finish(picture, rng), dense_labels(inks, height, width)

