@@ -124,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--think", action=argparse.BooleanOptionalAction,
                           help="reason before the answer (default: in text_math only)")  # fmt: skip
     evaluate.add_argument("--batch-size", type=positive, default=25, help="prompts at a time (default: 25)")
+    evaluate.add_argument("--without", choices=("sound", "picture"), help="take it out of the prompts first")
     evaluate.add_argument("--out", metavar="FILE", help="also write the table, with settings and versions, as JSON")
     evaluate.set_defaults(run=run_eval)
 
@@ -357,11 +358,14 @@ def run_eval(options) -> int:
     model, processor = load_model(options)
     started = time.monotonic()
     table = heldout_table(
-        model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True
-    )
+        model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True,
+        without=options.without,
+    )  # fmt: skip
     print(markdown_table(table), flush=True)
     if options.out:
-        about = {name: getattr(options, name) for name in ("model", "suite", "samples", "seed", "think", "dtype")}
+        about = {
+            name: getattr(options, name) for name in ("model", "suite", "samples", "seed", "think", "dtype", "without")
+        }
         about |= {"seconds": round(time.monotonic() - started, 1), "device": str(model.device), "decoding": "greedy"}
         about["versions"] = {
             "modeling_omni": __version__,

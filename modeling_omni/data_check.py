@@ -206,8 +206,9 @@ def _check_stream(checked: _Checked, stream: Stream, sample: int | None):
 def check_command(argv: list[str]) -> None:
     """`train.py sft --check-data [ROWS] --config FILE`: prints the report on all rows, or on ROWS of every source."""
     from .configuration_omni import resolve_checkpoint
+    from .packing import row_limits
     from .processing_omni import OmniProcessor
-    from .training import SFTArguments, load_arguments, row_limits
+    from .training import SFTArguments, load_arguments
 
     place = argv.index("--check-data")
     sample = int(argv[place + 1]) if argv[place + 1 : place + 2] and argv[place + 1].isdigit() else None

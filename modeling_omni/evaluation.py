@@ -1,5 +1,6 @@
 """Held-out accuracy of the nano model's skills: real prompts through `generate`, exact match on the answer."""
 
+import dataclasses
 import logging
 import math
 
@@ -43,6 +44,22 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
+def taken_away(content: str | list[dict], part: str) -> str | list[dict]:
+    """A message's content without its "sound" (spoken parts, and the sound of clips) or without its "picture" (images,
+    and the frames of clips, whose sound stays as a spoken part)."""
+    if isinstance(content, str):
+        return content
+    kept = []
+    for one in content:
+        if part == "sound" and one["type"] == "video":
+            kept.append(one | {"video": dataclasses.replace(one["video"], audio=None)})
+        elif part == "picture" and one["type"] == "video" and one["video"].audio is not None:
+            kept.append({"type": "audio", "audio": (one["video"].audio, 16000)})
+        elif one["type"] not in ({"sound": ("audio",), "picture": ("image", "video")}[part]):
+            kept.append(one)
+    return kept
+
+
 def heldout_table(
     model,
     processor,
@@ -52,12 +69,14 @@ def heldout_table(
     first_seed: int = FIRST_SEED,
     thinking: bool | None = None,
     progress: bool = False,
+    without: str | None = None,
 ) -> list[dict]:
     """One row per skill, on `samples` held-out samples of the seeds from `first_seed` on.
 
     Args:
         thinking: whether the model thinks before it answers; None: only in THOUGHT_SKILLS.
         progress: show a bar on stderr.
+        without: "sound" or "picture": take it out of the prompts, to see what an answer rests on (`taken_away`).
 
     Returns:
         [{"skill", "samples", "right", "accuracy", "low", "high" (95 %), "thinking"}], or {"skill", "skipped": reason}
@@ -87,6 +106,8 @@ def heldout_table(
                     skipped = " ".join(str(error).split())
                     break
                 prompts = [row["messages"][:-1] for row in rows]
+                if without:
+                    prompts = [[m | {"content": taken_away(m["content"], without)} for m in one] for one in prompts]
                 answers = answer_batch(model, processor, prompts, think, 64 if think else 24)
                 right += sum(score(row, answer) for row, answer in zip(rows, answers))
                 bar.update(len(rows))

@@ -105,10 +105,10 @@ def collate_rows(rows: list[list[dict]], length: int | None = None) -> dict[str,
     return batch
 
 
-def collate_packed(samples: list[dict[str, torch.Tensor]], row_tokens: int) -> dict[str, torch.Tensor]:
-    """Encoded samples -> a batch of as many packed rows as they need (see `collate_rows`)."""
-    rows, _ = pack_rows([cost_of(sample) for sample in samples], row_tokens)
-    return collate_rows([[samples[item] for item in row] for row in rows])
+def row_limits(args) -> dict:
+    """The limits on a row that a stage's arguments set, for `encode_row` and `PackedRows`."""
+    limits = {"row_tokens": args.row_tokens, "media_tokens": args.media_tokens, "cut_long": args.cut_long}
+    return limits | ({} if args.max_frames is None else {"max_frames": args.max_frames})
 
 
 class PackedRows(IterableDataset):
@@ -284,4 +284,4 @@ class PackedRows(IterableDataset):
             )
 
 
-__all__ = ["PackedRows", "collate_packed", "collate_rows", "pack_rows"]
+__all__ = ["PackedRows", "collate_rows", "pack_rows", "row_limits"]

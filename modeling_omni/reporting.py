@@ -13,7 +13,7 @@ from .data import Blend
 from .distributed import is_sharded
 from .media import OmniInputError
 from .modeling_language import TopKRouter
-from .packing import PackedRows
+from .packing import PackedRows, row_limits
 
 NANO = "nano:"
 
@@ -101,8 +101,7 @@ def heldout_losses(model, processor, args, device) -> dict[str, float]:
     """Mean loss per trained token on the first rows of every source of `eval_data`; all processes run the same rows."""
     losses = {}
     for source in args.eval_data:
-        limits = {"media_tokens": args.media_tokens, "cut_long": args.cut_long, "max_frames": args.max_frames}
-        rows = PackedRows(Blend([source | {"mean_tokens": 1.0}]), processor, 1, args.row_tokens, **limits)
+        rows = PackedRows(Blend([source | {"mean_tokens": 1.0}]), processor, 1, **row_limits(args))
         total, tokens = 0.0, 0
         for batch in islice(rows, args.eval_rows):
             trained = batch.pop("info")["trained"]
@@ -145,7 +144,8 @@ def evaluate(accelerator, model, processor, args, folder: Path, step: int, previ
             table = {skill: found[skill] for skill in skills if skill in found}
             if accelerator.is_main_process:
                 append_line(folder / "heldout.jsonl", {"step": step, **table})
-                tqdm.write(f"step {step} held out: " + ", ".join(f"{name} {value:.2f}" for name, value in table.items()))
+                shown = ", ".join(f"{skill} {value:.2f}" for skill, value in table.items())
+                tqdm.write(f"step {step} held out: {shown}")
             accelerator.log({f"heldout/{skill}": value for skill, value in table.items()}, step)
     model.train(was_training)
     accelerator.wait_for_everyone()

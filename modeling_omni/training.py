@@ -48,7 +48,7 @@ from .lora import (
 )
 from .media import OmniInputError
 from .modeling_omni import OmniForConditionalGeneration
-from .packing import PackedRows
+from .packing import PackedRows, row_limits
 from .planning import LANGUAGE_KINDS, memory_estimate
 from .reporting import Previews, RouterLoad, evaluate, parameter_table, write_model_card
 
@@ -323,12 +323,6 @@ def settle_data(args: SFTArguments, processor, accelerator: Accelerator) -> None
         args.data = broadcast_object_list([args.data])[0]
 
 
-def row_limits(args: SFTArguments) -> dict:
-    """The limits that `encode_row` keeps."""
-    limits = {"row_tokens": args.row_tokens, "media_tokens": args.media_tokens, "cut_long": args.cut_long}
-    return limits | ({} if args.max_frames is None else {"max_frames": args.max_frames})
-
-
 # ---- training ----
 
 
@@ -385,9 +379,9 @@ def train_sft(args: SFTArguments) -> None:
         accelerator.print(f"resuming from {resumed}")
 
     rows = PackedRows(
-        Blend(args.data, args.seed), processor, args.micro_batch_size, args.row_tokens, rank // args.context_parallel,
-        readers, args.media_tokens, args.cut_long, args.max_frames, args.patches_per_frame,
-        bad_rows=None if rank % args.context_parallel else folder / "bad_rows.jsonl", max_bad_share=args.max_bad_share,
+        Blend(args.data, args.seed), processor, args.micro_batch_size, rank=rank // args.context_parallel,
+        world=readers, patches_per_frame=args.patches_per_frame, max_bad_share=args.max_bad_share,
+        bad_rows=None if rank % args.context_parallel else folder / "bad_rows.jsonl", **row_limits(args),
     )  # fmt: skip
     if saved["data"] is not None:
         rows.load_state_dict(saved["data"])

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from modeling_omni import OmniForConditionalGeneration, OmniProcessor
-from modeling_omni.evaluation import heldout_accuracy
+from modeling_omni.evaluation import heldout_accuracy, taken_away
+from modeling_omni.media import VideoClip
 
 NANO = Path(__file__).parents[1] / "modeling_omni" / "nano"
 
@@ -46,3 +48,17 @@ FLOORS = {
 @pytest.mark.parametrize("skill", FLOORS)
 def test_heldout_skill(nano, skill):
     assert heldout_accuracy(*nano, [skill], 30)[skill] >= FLOORS[skill]
+
+
+def test_an_answer_about_a_picture_needs_the_picture(nano):
+    assert heldout_accuracy(*nano, ["image_colour"], 30, without="picture")["image_colour"] <= 0.6
+    sound = np.zeros(160, np.float32)
+    clip = VideoClip(np.zeros((2, 4, 4, 3), np.uint8), [0, 1], 2.0, 1.0, sound)
+    silent = VideoClip(clip.frames, [0, 1], 2.0, 1.0)
+    content = [{"type": kind, kind: value} for kind, value in (("video", clip), ("image", "p"), ("audio", "a"))]
+    content += [{"type": "video", "video": silent}, {"type": "text", "text": "?"}]
+    heard, seen = taken_away(content, "picture"), taken_away(content, "sound")
+    assert [part["type"] for part in heard] == ["audio", "audio", "text"] and heard[0]["audio"] == (sound, 16000)
+    assert [part["type"] for part in seen] == ["video", "image", "video", "text"]
+    assert all(part["video"].audio is None for part in (seen[0], seen[2])) and clip.audio is sound
+    assert taken_away("only text", "sound") == "only text"

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny_model import collate, make_sample, tiny_model
+from tiny_model import collate, collate_packed, make_sample, tiny_model
 from torch.utils.data import DataLoader
 
 from modeling_omni import packing
 from modeling_omni.data import Blend, cost_of
 from modeling_omni.media import OmniInputError
-from modeling_omni.packing import PackedRows, collate_packed, collate_rows, pack_rows
+from modeling_omni.packing import PackedRows, collate_rows, pack_rows
 from modeling_omni.processing_omni import OmniProcessor
 
 

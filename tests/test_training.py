@@ -14,13 +14,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_model import collate_packed
 
 from modeling_omni.configuration_omni import OmniConfig
 from modeling_omni.data import Blend, encode_row
 from modeling_omni.lora import merge_adapter
 from modeling_omni.media import OmniInputError
 from modeling_omni.modeling_omni import OmniForConditionalGeneration
-from modeling_omni.packing import collate_packed, pack_rows
+from modeling_omni.packing import pack_rows
 from modeling_omni.pretraining import TowerArguments, pretrain_tower
 from modeling_omni.processing_omni import OmniProcessor
 from modeling_omni.reporting import report_command
@@ -327,6 +328,31 @@ def test_report_of_several_stages(tmp_path, capsys):
     assert Image.open(tmp_path / "plot.png").size[0] > 300
     with pytest.raises(OmniInputError, match="no heldout.jsonl"):
         report_command([str(tmp_path)])
+
+
+def test_recipe_runs_what_is_not_finished_and_processes_share_the_tests(tiny_yaml, tmp_path):
+    tower = {"tower": "vision", "model_config": str(tiny_yaml), "output_dir": str(tmp_path / "tower"), "steps": 1}
+    tower |= {"samples_per_step": 2, "workers": 0}
+    first = dataclasses.asdict(stage(tiny_yaml, tmp_path / "first", steps=1, train=["head"], report_to=[]))
+    first["towers"] = {"vision": str(tmp_path / "tower" / "tower.safetensors")}
+    configs = [tmp_path / "tower.yaml", tmp_path / "first.yaml"]
+    for path, values in zip(configs, (tower, first), strict=True):
+        path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "train.py", "recipe", *map(str, configs)]
+    command += ["--launch", "configs/accelerate/cpu_processes.yaml", "--plot", str(tmp_path / "plot.png")]
+    shown = []
+    for _ in range(2):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+        assert result.returncode == 0, result.stderr[-3000:]
+        shown.append(result.stdout)
+    assert "nothing to do" not in shown[0] and shown[1].count("nothing to do") == 2
+    line = json.loads((tmp_path / "first" / "heldout.jsonl").read_text())
+    assert list(line) == ["step", *SKILLS]  # every skill once, in order, whichever process tested it
+    assert all(f"| {skill} |" in text for skill in SKILLS for text in shown)
+    assert (tmp_path / "plot.png").is_file()
+    configs[0].write_text(yaml.safe_dump(tower | {"steps": "many", "output_dir": str(tmp_path / "no")}))
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert result.returncode == 1 and "tower.yaml failed" in result.stderr
 
 
 def test_adapters_train_resume_and_merge(tiny_yaml, tmp_path):

@@ -3,7 +3,9 @@
 import torch
 
 from modeling_omni.configuration_omni import OmniConfig
+from modeling_omni.data import cost_of
 from modeling_omni.modeling_omni import OmniForConditionalGeneration
+from modeling_omni.packing import collate_rows, pack_rows
 
 VOCAB = 160
 IMAGE_ID, IMG, IMG_END, AUDIO_ID, SO_START, SO_END = 18, 19, 20, 27, 28, 29
@@ -187,3 +189,9 @@ def collate(samples: list[dict], left: bool = True) -> dict:
 def prompt_of(batch: dict) -> dict:
     """The batch without labels, for `generate`."""
     return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def collate_packed(samples: list[dict[str, torch.Tensor]], row_tokens: int) -> dict[str, torch.Tensor]:
+    """Encoded samples -> a batch of as many packed rows as they need (see `collate_rows`)."""
+    rows, _ = pack_rows([cost_of(sample) for sample in samples], row_tokens)
+    return collate_rows([[samples[item] for item in row] for row in rows])
