@@ -1,8 +1,8 @@
 """Pre-training of nano's towers on dense labels.
 
 The paper takes C-RADIO and Parakeet pre-trained. Nano's towers start from random weights and learn first to say what
-is drawn in each 4x4 cell of a patch (thing, colour, motion) and which word is spoken in each token. The label heads are
-thrown away; the tower goes into the first SFT stage (`towers:` of its YAML file).
+is drawn in each 4x4 cell of a patch (thing, colour, place, motion) and which word is spoken in each token. The label
+heads are thrown away; the tower goes into the first SFT stage (`towers:` of its YAML file).
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from .video_processing_omni import OmniVideoProcessor
 
 IGNORE = -100
 CELLS = 4  # dense labels per side of a patch
+CHANNELS = ("thing", "colour", "column", "row", "motion")
 
 
 @dataclass
@@ -146,12 +147,13 @@ class LabelledTower(nn.Module):
 
     def __init__(self, tower: str, config: OmniConfig):
         super().__init__()
-        from .nano_data import COLOUR_CLASSES, MOTION_CLASSES, THING_CLASSES
+        from .nano_data import COLOUR_CLASSES, MOTION_CLASSES, PLACE_CLASSES, THING_CLASSES
         from .nano_data.vocabulary import SPOKEN_WORDS
 
         if tower == "vision":
             self.tower, init, part = OmniVisionModel(config.vision_config), init_vision_weights, config.vision_config
-            self.sizes = [len(THING_CLASSES), len(COLOUR_CLASSES), len(MOTION_CLASSES)]
+            classes = (THING_CLASSES, COLOUR_CLASSES, PLACE_CLASSES, PLACE_CLASSES, MOTION_CLASSES)
+            self.sizes = [len(names) for names in classes]
         else:
             self.tower, init, part = OmniAudioModel(config.sound_config), init_audio_weights, config.sound_config
             self.sizes = [1 + len(SPOKEN_WORDS)]
@@ -178,7 +180,7 @@ class LabelledTower(nn.Module):
                     self.head(self.norm(hidden)).unflatten(-1, (self.cells, -1)).flatten(0, 1).split(self.sizes, -1)
                 )
                 labels = batch[prefix + "labels"].flatten(0, 1).T
-                for name, channel, label in zip(("thing", "colour", "motion"), logits, labels):
+                for name, channel, label in zip(CHANNELS, logits, labels):  # pictures have no motion
                     pairs.append((prefix + name, channel, label))
         loss, right = 0.0, {}
         for name, logits, labels in pairs:

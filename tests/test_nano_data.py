@@ -351,11 +351,14 @@ def test_dense_image_labels():
     kinds = set()
     for seed in range(60):
         image, labels = nano_data.dense_image_sample(seed)
-        assert isinstance(image, Image.Image) and labels.shape == (2, image.height // 4, image.width // 4)
-        things, colours = labels
+        assert isinstance(image, Image.Image) and labels.shape == (4, image.height // 4, image.width // 4)
+        things, colours, columns, rows = labels
         assert set(np.unique(things)) <= {nano_data.IGNORE, *range(len(nano_data.THING_CLASSES))}
         assert np.array_equal(things == nano_data.IGNORE, colours == nano_data.IGNORE)
         assert np.array_equal(things > 0, colours > 0) and (things > 0).any()
+        y, x = np.nonzero(columns > 0)  # the centre lies near the cells of its thing
+        assert np.abs((columns[y, x] - 0.5) * image.width / 10 - 4 * x).max() < 0.4 * image.width
+        assert np.abs((rows[y, x] - 0.5) * image.height / 10 - 4 * y).max() < 0.4 * image.height
         kinds |= set(things[things > 0].tolist())
         again = nano_data.dense_image_sample(seed)
         assert again[0].tobytes() == image.tobytes() and np.array_equal(again[1], labels)
@@ -366,8 +369,8 @@ def test_dense_labels_of_cells():
     ink = images.Ink(np.ones((8, 4), np.float32), x=16, y=32, thing=3, colour=5)  # fills two cells
     faint = images.Ink(np.ones((1, 4), np.float32), x=0, y=15, thing=4, colour=6)  # a quarter of one cell
     labels = images.dense_labels([ink, faint], 64, 96)
-    assert labels.shape == (2, 16, 24) and (labels[0] > 0).sum() == 2
-    assert (labels[:, 8:10, 4] == [[3], [5]]).all()
+    assert labels.shape == (4, 16, 24) and (labels[0] > 0).sum() == 2
+    assert (labels[:, 8:10, 4] == [[3], [5], [1 + 1], [1 + 5]]).all()  # centre (18, 36) of 96 x 64
     assert labels[0, 3, 0] == images.IGNORE and (labels[0] == images.IGNORE).sum() == 1
 
 
@@ -376,9 +379,9 @@ def test_dense_video_labels():
     for seed in range(30):
         frames, labels = nano_data.dense_video_sample(seed)
         count, height, width, _ = frames.shape
-        assert count % 2 == 0 and labels.shape == (3, count // 2, height // 4, width // 4)
-        assert np.array_equal(labels[0] > 0, labels[2] > 0)
-        seen |= set(labels[2].ravel().tolist())
+        assert count % 2 == 0 and labels.shape == (5, count // 2, height // 4, width // 4)
+        assert np.array_equal(labels[0] > 0, labels[4] > 0) and np.array_equal(labels[0] > 0, labels[2] > 0)
+        seen |= set(labels[4].ravel().tolist())
     assert seen == {nano_data.IGNORE, *range(len(nano_data.MOTION_CLASSES))}
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from . import images, scenes, speech, text, video
-from .images import COLOUR_CLASSES, IGNORE, THING_CLASSES, dense_image_sample
+from .images import COLOUR_CLASSES, IGNORE, PLACE_CLASSES, THING_CLASSES, dense_image_sample
 from .scenes import SHAPE_KINDS
 from .speech import spoken_utterance
 from .video import MOTION_CLASSES, dense_video_sample
@@ -154,6 +154,7 @@ __all__ = [
     "COLOUR_CLASSES",
     "IGNORE",
     "MOTION_CLASSES",
+    "PLACE_CLASSES",
     "SKILLS",
     "SPLITS",
     "SPOKEN_WORDS",

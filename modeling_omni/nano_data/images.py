@@ -19,9 +19,11 @@ from .vocabulary import CHARACTERS, COLOURS, PLACES, SHAPES, in_split, sample_ra
 CELL = 4  # pixels per side of one dense label
 CAP_HEIGHTS = (16, 32)  # pixels of printed capitals; the tower learns all of them, or it reads none of the others
 IGNORE = -100
-# dense labels, channel 0: 0 background, then shapes, then characters; channel 1: 0 none, then colours
+# dense labels, channel 0: 0 background, then shapes, then characters; channel 1: 0 none, then colours; channels 2, 3:
+# 0 none, then the column and the row of the thing's centre in tenths of the picture
 THING_CLASSES = ("background", *SHAPES, *CHARACTERS)
 COLOUR_CLASSES = ("none", *COLOURS)
+PLACE_CLASSES = ("none", *map(str, range(10)))
 # The file of handwritten digits holds blocks of about 130, one writer after the other: blocks are never divided.
 HELDOUT_WRITERS_FROM = 1415
 _GREYS = ((40, 40, 44), (96, 96, 96), (128, 128, 128), (168, 168, 168), (215, 215, 215), (245, 245, 245), (20, 20, 22))
@@ -407,13 +409,14 @@ def pages_sample(rng: random.Random, split: str) -> tuple[list[Image.Image], str
 
 
 def dense_labels(inks: list[Ink], height: int, width: int) -> np.ndarray:
-    """Labels int64 [2, height / 4, width / 4]: thing (THING_CLASSES) and colour (COLOUR_CLASSES) of every 4x4 cell.
+    """Labels int64 [4, height / 4, width / 4] of every 4x4 cell: thing (THING_CLASSES), its colour (COLOUR_CLASSES) and
+    the column and the row of its centre (PLACE_CLASSES), without which a tower forgets where it sees what.
 
     A cell belongs to the thing with the most ink in it if that fills half of it, is IGNOREd with less ink, and is
     background with next to none. Cells this small show a tower the outline of things, which it learns first.
     """
     rows, columns = height // CELL, width // CELL
-    labels = np.zeros((2, rows, columns), np.int64)
+    labels = np.zeros((4, rows, columns), np.int64)
     if not inks:
         return labels
     full = np.zeros((len(inks), height, width), np.float32)
@@ -422,8 +425,10 @@ def dense_labels(inks: list[Ink], height: int, width: int) -> np.ndarray:
     held = full.reshape(len(inks), rows, CELL, columns, CELL).mean((2, 4))  # share of the cell that is ink
     best = held.argmax(0)
     most = np.take_along_axis(held, best[None], 0)[0]
-    ids = np.array([[ink.thing, ink.colour] for ink in inks])
-    for channel in range(2):
+    centres = [(ink.x + ink.mask.shape[1] / 2, ink.y + ink.mask.shape[0] / 2) for ink in inks]
+    tenths = [(min(9, int(10 * max(x, 0) / width)), min(9, int(10 * max(y, 0) / height))) for x, y in centres]
+    ids = np.array([[ink.thing, ink.colour, 1 + x, 1 + y] for ink, (x, y) in zip(inks, tenths, strict=True)])
+    for channel in range(4):
         labels[channel] = np.where(most >= 0.5, ids[best, channel], np.where(most >= 0.1, IGNORE, 0))
     return labels
 

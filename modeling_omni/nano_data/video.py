@@ -11,7 +11,7 @@ from PIL import Image
 from . import images, scenes, speech, text
 from .vocabulary import COLOURS, MOTIONS, SHAPES, sample_random
 
-MOTION_CLASSES = ("none", scenes.STILL, *MOTIONS)  # dense labels, channel 2
+MOTION_CLASSES = ("none", scenes.STILL, *MOTIONS)  # dense labels, channel 4
 FRAME_RATES = (2.0, 4.0, 4.0, 4.0, 5.0)
 
 
@@ -136,7 +136,7 @@ def dense_video_sample(seed: int, split: str = "train") -> tuple[np.ndarray, np.
     """A clip and labels of every 4x4 cell of every pair of frames, to teach the vision tower motion.
 
     Returns:
-        frames uint8 [T, H, W, 3] (T even); labels int64 [3, T / 2, H / 4, W / 4]: thing, colour (as in
+        frames uint8 [T, H, W, 3] (T even); labels int64 [5, T / 2, H / 4, W / 4]: thing, colour, column, row (as in
         `dense_image_sample`) and motion (MOTION_CLASSES), from the ink of both frames of a pair.
     """
     rng = sample_random("dense_video", seed, split)
@@ -144,10 +144,10 @@ def dense_video_sample(seed: int, split: str = "train") -> tuple[np.ndarray, np.
     count, height, width = random_shape(rng)
     frames, inks = draw_clip(things, rng, count, height, width)
     motions = {1 + SHAPES.index(t.shape): MOTION_CLASSES.index(t.motion) for t in things}  # shapes of a clip differ
-    labels = np.zeros((3, count // 2, height // images.CELL, width // images.CELL), np.int64)
+    labels = np.zeros((5, count // 2, height // images.CELL, width // images.CELL), np.int64)
     for pair in range(count // 2):
-        labels[:2, pair] = images.dense_labels(inks[2 * pair] + inks[2 * pair + 1], height, width)
-    labels[2] = np.where(labels[0] == images.IGNORE, images.IGNORE, 0)
+        labels[:4, pair] = images.dense_labels(inks[2 * pair] + inks[2 * pair + 1], height, width)
+    labels[4] = np.where(labels[0] == images.IGNORE, images.IGNORE, 0)
     for thing, motion in motions.items():
-        labels[2][labels[0] == thing] = motion
+        labels[4][labels[0] == thing] = motion
     return frames, labels
