@@ -145,7 +145,9 @@ def evaluate(accelerator, model, processor, args, folder: Path, step: int, previ
             table = {skill: found[skill] for skill in skills if skill in found}
             if accelerator.is_main_process:
                 append_line(folder / "heldout.jsonl", {"step": step, **table})
-                tqdm.write(f"step {step} held out: " + ", ".join(f"{name} {value:.2f}" for name, value in table.items()))
+                tqdm.write(
+                    f"step {step} held out: " + ", ".join(f"{name} {value:.2f}" for name, value in table.items())
+                )
             accelerator.log({f"heldout/{skill}": value for skill, value in table.items()}, step)
     model.train(was_training)
     accelerator.wait_for_everyone()
