@@ -25,7 +25,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -183,9 +183,7 @@ def reduced_forward(
             hidden,
             cache=cache,
             padding_mask=padded,
-            attention_mask=layer_mask(config, cache, number, hidden, padded) if layer.kind == "*" else None,
-            seq_idx=None,
-            context=None,
+            **(layer_attention(config, cache, number, hidden, padded) if layer.kind == "*" else {}),
             **kwargs,
         )
         if number + 1 == len(shares) or shares[number + 1] >= shares[number]:
@@ -213,29 +211,27 @@ def _decode(language_model, inputs_embeds, attention_mask, cache, kwargs) -> Bas
     hidden, new = inputs_embeds, inputs_embeds.shape[1]
     if new > 1 and attention_mask is not None and not bool(attention_mask[:, -new:].all()):
         raise OmniInputError("tokens behind a reduced prompt (visual_keep) cannot be padded")
-    config, masks = language_model.config, {}
+    config, shared = language_model.config, {}
     for number, layer in enumerate(language_model.layers):
-        mask = None
+        attention = {}
         if layer.kind == "*":
             length, valid = cache.get_seq_length(number) + new, cache.valid[number]
             key = (length, id(valid))  # layers that saw the same tokens share a mask
-            if key not in masks:
+            if key not in shared:
                 valid = None if valid is None else F.pad(valid, (0, length - valid.shape[1]), value=True)
-                masks[key] = layer_mask(config, cache, number, hidden, valid)
-            mask = masks[key]
-        hidden = layer(
-            hidden, cache=cache, padding_mask=None, attention_mask=mask, seq_idx=None, context=None, **kwargs
-        )
+                shared[key] = layer_attention(config, cache, number, hidden, valid)
+            attention = shared[key]
+        hidden = layer(hidden, cache=cache, padding_mask=None, **attention, **kwargs)
     cache.seen += new
     hidden = language_model.norm_f(hidden.to(language_model.norm_f.weight.dtype))
     return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
-def layer_mask(config, cache, number: int, hidden: torch.Tensor, valid: torch.Tensor | None):
-    """The causal mask of one attention layer, sized by what its own cache holds."""
-    return create_causal_mask(
-        config=config, inputs_embeds=hidden, attention_mask=valid, past_key_values=cache, layer_idx=number
-    )
+def layer_attention(config, cache: ReducedCache, number: int, hidden: torch.Tensor, valid: torch.Tensor | None) -> dict:
+    """What one attention layer must know of padding and of its own cache's length, as arguments of its block."""
+    own = Cache(layers=[cache.layers[number]])
+    mask = create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=valid, past_key_values=own)
+    return {"attention_mask": mask}
 
 
 # ---- what asks, and what stays ----
