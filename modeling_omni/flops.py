@@ -81,7 +81,27 @@ def train_flops(config: OmniTextConfig, tokens: float, document: float) -> float
     return 3 * (sum(forward[kind] for kind in ("M", "E", "*", "-", "scores")) + tokens * forward["head"])
 
 
-def vision_flops(config: OmniConfig, patches: Sequence[int], frames: int = 1) -> float:
+def decode_bytes(config: OmniTextConfig, batch: int, context: float, itemsize: int = 2) -> float:
+    """Bytes that one decoding step must read: the weights it uses, keys and values, Mamba's states (read and written).
+
+    Experts count as often as different ones are expected of an even router.
+    """
+    D, inner = config.hidden_size, config.mamba_intermediate_size
+    width = config.moe_latent_size or D
+    used = config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** batch)
+    shared = config.moe_shared_expert_intermediate_size * config.n_shared_experts
+    weights = {
+        "M": D * (inner + config.mamba_conv_size + config.mamba_num_heads) + inner * D,
+        "E": 2 * used * width * config.moe_intermediate_size + 2 * D * shared + D * config.n_routed_experts,
+        "*": 2 * D * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim,
+        "-": 2 * D * config.intermediate_size,
+    }
+    total = sum(weights[kind] for kind in config.hybrid_override_pattern) + D * config.vocab_size
+    per_token, fixed = cache_bytes(config, itemsize)
+    return total * itemsize + batch * (per_token * context + 2 * fixed)
+
+
+def vision_flops(config: OmniConfig, patches: Sequence[int], frames: int = 1, projector: bool = True) -> float:
     """Vision tower and projector on items of so many patches each; `frames` of a tubelet (1 for pictures)."""
     vision, merge = config.vision_config, config.merge_size**2
     D, inner = vision.hidden_size, vision.intermediate_size
@@ -90,8 +110,8 @@ def vision_flops(config: OmniConfig, patches: Sequence[int], frames: int = 1) ->
         rows = count + vision.num_prefix_tokens
         total += vision.num_hidden_layers * rows * (8 * D * D + 4 * D * inner + 4 * D * rows)
         total += 2 * count * vision.patch_dim * frames * D
-        hidden = config.projector_hidden_size
-        total += 2 * count / merge * hidden * (D * merge + config.llm_config.hidden_size)
+        if projector:
+            total += 2 * count / merge * config.projector_hidden_size * (D * merge + config.llm_config.hidden_size)
     return total
 
 
