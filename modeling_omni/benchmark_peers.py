@@ -6,6 +6,7 @@ native class makes them, ours takes them over without a copy. llama.cpp reads th
 `xllamacpp` and `gguf` are installed.
 """
 
+import re
 import time
 from pathlib import Path
 
@@ -197,6 +198,7 @@ def write_gguf(native: NemotronHForCausalLM, path: Path) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
     writer.add_ssm_conv_kernel(config.conv_kernel)
     writer.add_ssm_inner_size(inner)
     writer.add_ssm_state_size(config.ssm_state_size)
@@ -285,10 +287,10 @@ def llama_seconds(server, ids: list[int], new: int = 1) -> tuple[float, float, l
             "temperature": 0.0,
             "ignore_eos": True,
             "cache_prompt": False,
-            "return_tokens": True,
         }
     )
     timings = answer["timings"]
     steps = max(1, timings["predicted_n"] - 1)  # the first token comes with the prefill
-    tokens = answer.get("tokens") or answer.get("choices", [{}])[0].get("tokens", [])
+    text = answer["content"] if "content" in answer else answer["choices"][0]["text"]
+    tokens = [int(number) for number in re.findall(r"t(\d+)", text)]  # the vocabulary of `write_gguf`
     return timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000 / steps, tokens

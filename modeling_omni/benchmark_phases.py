@@ -259,6 +259,7 @@ def audio(options: Options) -> Iterator[Case]:
 def preprocess(options: Options) -> Iterator[Case]:
     """Pictures, frames and sound to model inputs, released settings, on the CPU."""
     from transformers import ParakeetFeatureExtractor
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.models.nemotron_h_omni import image_processing_nemotron_h_omni, video_processing_nemotron_h_omni
 
     from .feature_extraction_omni import OmniFeatureExtractor
@@ -268,15 +269,17 @@ def preprocess(options: Options) -> Iterator[Case]:
     random = np.random.default_rng(0)
     sizes = [(64, 96)] if options.quick else [(720, 1280), (1080, 1920), (512, 512), (900, 600)]
     pictures = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    native = image_processing_nemotron_h_omni.NemotronH_Omni_Reasoning_V3ImageProcessor()
+    norm = {"norm_mean": OPENAI_CLIP_MEAN, "norm_std": OPENAI_CLIP_STD}
+    native = image_processing_nemotron_h_omni.NemotronH_Omni_Reasoning_V3ImageProcessor(**norm)
     more = {"return_tensors": "pt"}
     calls = {"ours": partial(OmniImageProcessor(), pictures, **more), "native": partial(native, pictures, **more)}
     yield Case(f"{len(pictures)} pictures", "fp32", calls)
     frames = random.integers(0, 256, (2, 64, 96, 3) if options.quick else (32, 720, 1280, 3), dtype=np.uint8)
-    native = video_processing_nemotron_h_omni.NemotronH_Omni_Reasoning_V3VideoProcessor()
+    native = video_processing_nemotron_h_omni.NemotronH_Omni_Reasoning_V3VideoProcessor(**norm)
+    channels_first = torch.from_numpy(frames).permute(0, 3, 1, 2)
     calls = {
         "ours": partial(OmniVideoProcessor(), [frames]),
-        "native": partial(native, [frames], do_sample_frames=False, **more),
+        "native": partial(native, [channels_first], do_sample_frames=False, **more),
     }
     yield Case(f"{len(frames)} frames of {frames.shape[2]} x {frames.shape[1]}", "fp32", calls)
     seconds = 1 if options.quick else 300

@@ -5,6 +5,8 @@ import torch
 from tiny_model import AUDIO, VIDEO, collate, make_sample, prompt_of, tiny_model
 from transformers import DynamicCache
 
+from modeling_omni import OmniForConditionalGeneration, OmniProcessor
+from modeling_omni.evaluation import heldout_table, reduction_markdown, reduction_table
 from modeling_omni.media import OmniInputError
 from modeling_omni.modeling_language import eager_attention, ssd_scan
 from modeling_omni.token_reduction import (
@@ -280,3 +282,22 @@ def test_the_question_is_the_text_behind_the_last_visual_token():
     types[0, 0] = 1
     distance, asks = question_places(types, types == 1, torch.ones(1, 400).bool())
     assert distance.tolist() == [list(range(128, 0, -1))] and asks.all()
+
+
+# --- what it costs
+
+
+def test_reduction_table_on_nano():
+    model = OmniForConditionalGeneration.from_pretrained("nano", dtype=torch.float32).eval()
+    processor = OmniProcessor.from_pretrained("nano")
+    skills = ["image_colour", "video_mover"]
+    rows = reduction_table(model, processor, skills, [0.5], samples=4)
+    ways = [(row["skill"], row["how"], row["keep"]) for row in rows]
+    expected = [(skill, "all", 1.0) for skill in skills]
+    expected += [(skill, how, 0.5) for how in ("query", "random", "uniform") for skill in skills]
+    assert ways == [*expected, ("video_mover", "evs", 0.5)]
+    assert [row["right"] for row in rows[:2]] == [row["right"] for row in heldout_table(model, processor, skills, 4)]
+    assert rows[0]["right"] >= 3  # the plain path answers; what the others cost is not for a test of four samples
+    lines = reduction_markdown(rows).splitlines()
+    assert lines[0] == "| skill | all 1 | query 0.5 | random 0.5 | uniform 0.5 | evs 0.5 |" and len(lines) == 5
+    assert lines[2].endswith("|  |") and lines[4].startswith("| mean |")
