@@ -162,7 +162,7 @@ def reduction_markdown(rows: list[dict]) -> str:
     for skill in skills:
         cells = [found.get((skill, *way)) for way in ways]
         lines.append(f"| {skill} | " + " | ".join("" if c is None else f"{100 * c:.0f} %" for c in cells) + " |")
-    means = [[found[skill, *way] for skill in skills if (skill, *way) in found] for way in ways]
+    means = [[found[(skill, *way)] for skill in skills if (skill, *way) in found] for way in ways]
     lines.append("| mean | " + " | ".join(f"{100 * sum(m) / len(m):.1f} %" if m else "" for m in means) + " |")
     return "\n".join(lines)
 
