@@ -1,6 +1,14 @@
-"""Held-out accuracy of the nano model's skills: real prompts through `generate`, exact match on the answer."""
+"""Held-out accuracy of the nano model's skills: real prompts through `generate`, exact match on the answer.
 
+    python -m modeling_omni.evaluation --keep 0.5 0.25
+
+tells what dropping visual tokens costs (token_reduction.py), against random, uniform and EVS-only reduction at the same
+budget.
+"""
+
+import argparse
 import dataclasses
+import json
 import logging
 import math
 
@@ -9,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .inference import split_tokens, suppressed_tokens
 from .media import OmniInputError
+from .modeling_omni import reserve_kept_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +26,10 @@ FIRST_SEED = 10**6
 
 
 @torch.no_grad()
-def answer_batch(model, processor, conversations: list[list[dict]], thinking: bool, max_new_tokens: int) -> list[str]:
-    """Greedy answers (text after the reasoning) to conversations that end with a user's turn."""
+def answer_batch(
+    model, processor, conversations: list[list[dict]], thinking: bool, max_new_tokens: int, **options
+) -> list[str]:
+    """Greedy answers (text after the reasoning) to conversations that end with a user's turn; options of `generate`."""
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
@@ -29,8 +40,11 @@ def answer_batch(model, processor, conversations: list[list[dict]], thinking: bo
         padding=True,
     )
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    suppressed = suppressed_tokens(model, processor)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, suppress_tokens=suppressed)
+    options |= {"max_new_tokens": max_new_tokens, "suppress_tokens": suppressed_tokens(model, processor)}
+    rate = options.pop("video_pruning_rate", None)
+    if rate and "video_grid_thw" in inputs:  # `generate` would return the shortened prompt
+        inputs = reserve_kept_tokens(inputs, rate, model.config.merge_size)
+    ids = model.generate(**inputs, do_sample=False, **options)
     rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
     pieces = [split_tokens(processor, row, thinking) for row in rows]
     return ["".join(text for section, text in row if section == "answer") for row in pieces]
@@ -70,6 +84,7 @@ def heldout_table(
     thinking: bool | None = None,
     progress: bool = False,
     without: str | None = None,
+    options: dict | None = None,
 ) -> list[dict]:
     """One row per skill, on `samples` held-out samples of the seeds from `first_seed` on.
 
@@ -77,6 +92,7 @@ def heldout_table(
         thinking: whether the model thinks before it answers; None: only in THOUGHT_SKILLS.
         progress: show a bar on stderr.
         without: "sound" or "picture": take it out of the prompts, to see what an answer rests on (`taken_away`).
+        options: further arguments of `generate`.
 
     Returns:
         [{"skill", "samples", "right", "accuracy", "low", "high" (95 %), "thinking"}], or {"skill", "skipped": reason}
@@ -108,7 +124,7 @@ def heldout_table(
                 prompts = [row["messages"][:-1] for row in rows]
                 if without:
                     prompts = [[m | {"content": taken_away(m["content"], without)} for m in one] for one in prompts]
-                answers = answer_batch(model, processor, prompts, think, 64 if think else 24)
+                answers = answer_batch(model, processor, prompts, think, 64 if think else 24, **(options or {}))
                 right += sum(score(row, answer) for row, answer in zip(rows, answers))
                 bar.update(len(rows))
             if skipped is not None:
@@ -133,6 +149,68 @@ def heldout_accuracy(model, processor, skills: list[str], samples: int = 100, **
     return accuracy
 
 
+def reduction_table(
+    model, processor, skills: list[str], keeps: list[float], samples: int = 100, progress: bool = False, **options
+) -> list[dict]:
+    """Accuracy with fewer visual tokens: rows of `heldout_table` with "keep" and "how".
+
+    How: "all" (keep 1); "query", "random", "uniform" (`generate(visual_keep=keep, visual_scoring=how)`: a mean over the
+    layers); "evs" (`video_pruning_rate=1 - keep`: the same share in every layer, and never less than a video's first
+    tubelet; videos only).
+
+    Args:
+        options: of `heldout_table`.
+    """
+    rows = []
+    ways = [("all", 1.0, {})]
+    for keep in keeps:
+        ways += [(how, keep, {"visual_keep": keep, "visual_scoring": how}) for how in ("query", "random", "uniform")]
+        ways.append(("evs", keep, {"video_pruning_rate": 1 - keep}))
+    for how, keep, more in ways:
+        torch.manual_seed(0)
+        chosen = [skill for skill in skills if how != "evs" or skill.startswith("video")]
+        table = heldout_table(model, processor, chosen, samples, progress=progress, options=more, **options)
+        rows += [row | {"keep": keep, "how": how} for row in table]
+    return rows
+
+
+def reduction_markdown(rows: list[dict]) -> str:
+    """`reduction_table` as Markdown: a line per skill and a column per way, and their mean over the skills that ran."""
+    ways = list(dict.fromkeys((row["keep"], row["how"]) for row in rows))
+    found = {(row["skill"], row["keep"], row["how"]): row["accuracy"] for row in rows if "accuracy" in row}
+    skills = list(dict.fromkeys(row["skill"] for row in rows if "accuracy" in row))
+    lines = ["| skill | " + " | ".join(f"{how} {keep:g}" for keep, how in ways) + " |", "|---|" + "--:|" * len(ways)]
+    for skill in skills:
+        cells = [found.get((skill, *way)) for way in ways]
+        lines.append(f"| {skill} | " + " | ".join("" if c is None else f"{100 * c:.0f} %" for c in cells) + " |")
+    means = [[found[(skill, *way)] for skill in skills if (skill, *way) in found] for way in ways]
+    lines.append("| mean | " + " | ".join(f"{100 * sum(m) / len(m):.1f} %" if m else "" for m in means) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from .inference import load
+    from .nano_data import SKILLS
+
+    seen = [s for s in SKILLS if s.startswith(("image_", "video_"))]
+    parser = argparse.ArgumentParser(prog="python -m modeling_omni.evaluation", description=reduction_table.__doc__)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument(
+        "--skills", default=",".join(seen), help="comma-separated (default: all with pictures or video)"
+    )
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--out", help="also write the rows as JSON")
+    given = parser.parse_args(argv)
+    model, processor = load(given.model)
+    rows = reduction_table(model, processor, given.skills.split(","), given.keep, given.samples, progress=True)
+    print(reduction_markdown(rows))
+    if given.out:
+        with open(given.out, "w") as file:
+            json.dump(rows, file, indent=1)
+    return 0
+
+
 def markdown_table(table: list[dict]) -> str:
     """`heldout_table` as Markdown."""
     lines = ["| skill | held-out accuracy | 95 % interval | samples |", "|---|---:|---:|---:|"]
@@ -145,4 +223,15 @@ def markdown_table(table: list[dict]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["answer_batch", "heldout_accuracy", "heldout_table", "markdown_table", "wilson_interval"]
+__all__ = [
+    "answer_batch",
+    "heldout_accuracy",
+    "heldout_table",
+    "markdown_table",
+    "reduction_markdown",
+    "reduction_table",
+    "wilson_interval",
+]
+
+if __name__ == "__main__":
+    raise SystemExit(main())

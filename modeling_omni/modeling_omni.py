@@ -21,6 +21,7 @@ from .media import OmniInputError
 from .modeling_audio import OmniAudioModel, init_audio_weights
 from .modeling_language import OmniLanguageModel, OmniRMSNorm, init_language_weights, relu2
 from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
+from .token_reduction import ReducedCache, reduced_forward, reduction_cache
 from .video_processing_omni import kept_tokens
 
 IMAGE, VIDEO, AUDIO = 1, 2, 3  # values of mm_token_type_ids; 0 is text
@@ -239,12 +240,13 @@ class OmniModel(OmniPreTrainedModel):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_clip_counts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_types: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Token embeddings with every media feature in its place: [B, S] ids -> [B, S, D].
 
         With `video_keep_tokens` (EVS) the prompt holds all K placeholders of a video in its first tubelet; after the
         tokens to keep are known they move to the tubelets they belong to. The length never changes, so masks, labels
-        and generation are not touched.
+        and generation are not touched. `return_types` adds what each place of the result is, [B, S] (None: no media).
 
         Raises:
             OmniInputError: features and placeholders do not fit, naming the item, or media without placeholders.
@@ -252,7 +254,7 @@ class OmniModel(OmniPreTrainedModel):
         embeds = self.language_model.embeddings(input_ids)
         types = self._token_types(input_ids, mm_token_type_ids, pixel_values, pixel_values_videos, input_features)
         if types is None:
-            return embeds
+            return (embeds, None) if return_types else embeds
         types_cpu = types.cpu()
         merge = self.config.merge_size**2
         for values, grid, name in (
@@ -297,8 +299,9 @@ class OmniModel(OmniPreTrainedModel):
             elif bool((types_cpu == modality).any()):
                 raise OmniInputError(f"the prompt has {name} placeholder tokens but no {name} was given")
         if kept is not None:
-            embeds = self._spread_kept_tokens(embeds, input_ids, types_cpu, video_grid_thw, kept)
-        return embeds
+            order = self._order_of_kept_tokens(input_ids, types_cpu, video_grid_thw, kept).to(embeds.device)
+            embeds, types = embeds.gather(1, order[..., None].expand_as(embeds)), types.gather(1, order)
+        return (embeds, types) if return_types else embeds
 
     def _token_types(self, input_ids, types, pixel_values, pixel_values_videos, input_features):
         if types is None:
@@ -316,8 +319,8 @@ class OmniModel(OmniPreTrainedModel):
             types = F.pad(types, (0, input_ids.shape[1] - types.shape[1]))
         return types
 
-    def _spread_kept_tokens(self, embeds, input_ids, types, video_grid_thw, kept):
-        """Moves each kept token behind the `<img>` of its tubelet: one permutation of positions per row."""
+    def _order_of_kept_tokens(self, input_ids, types, video_grid_thw, kept):
+        """Each kept token behind the `<img>` of its tubelet: one permutation of positions per row, [B, S]."""
         ids = input_ids.cpu()
         starts = ((types == VIDEO) & (F.pad(types[:, :-1], (1, 0)) != VIDEO)).nonzero().tolist()
         if len(starts) != len(kept):
@@ -344,7 +347,7 @@ class OmniModel(OmniPreTrainedModel):
                 pieces += [label, part]
             moved = torch.cat(pieces)
             order[row, start : start + len(moved)] = moved
-        return embeds.gather(1, order.to(embeds.device)[..., None].expand_as(embeds))
+        return order
 
     def forward(
         self,
@@ -386,7 +389,7 @@ class OmniModel(OmniPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_multimodal(
+            inputs_embeds, mm_token_type_ids = self.embed_multimodal(
                 input_ids,
                 mm_token_type_ids,
                 pixel_values,
@@ -397,6 +400,7 @@ class OmniModel(OmniPreTrainedModel):
                 input_features,
                 input_features_mask,
                 audio_clip_counts,
+                return_types=True,
             )
         if use_cache is None:
             use_cache = past_key_values is not None or (config.llm_config.use_cache and not self.training)
@@ -406,7 +410,12 @@ class OmniModel(OmniPreTrainedModel):
         options = {"use_cache": use_cache, "position_ids": position_ids, "seq_idx": seq_idx}
         options |= {"output_hidden_states": bool(output_hidden_states)} | kwargs
         length = inputs_embeds.shape[1]
-        if prefill_chunk_size is None or length <= prefill_chunk_size:
+        if isinstance(past_key_values, ReducedCache):  # visual tokens are dropped between layers
+            del options["use_cache"], options["position_ids"]
+            output = reduced_forward(
+                self.language_model, inputs_embeds, mm_token_type_ids, attention_mask, past_key_values, **options
+            )
+        elif prefill_chunk_size is None or length <= prefill_chunk_size:
             output = self.language_model(inputs_embeds, attention_mask, past_key_values, **options)
         else:
             chunk = prefill_chunk_size
@@ -585,9 +594,12 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
 
         The media are encoded once here, whatever `num_return_sequences` or `num_beams` ask for. With
         `prefill_chunk_size=n` the prompt is run n tokens at a time, with `video_pruning_rate=q` EVS drops that share
-        of every video's tokens (and the prompt that is returned is the shortened one). Returns prompt and answer,
-        [B', S + new].
+        of every video's tokens (and the prompt that is returned is the shortened one). With `visual_keep=k` visual
+        tokens are dropped while the prompt goes through the layers, those first that matter least to the question, so
+        that a layer sees the share k of them in the mean (token_reduction.py; `visual_scoring` "query", "random" or
+        "uniform"). Returns prompt and answer, [B', S + new].
         """
+        keep, scoring = kwargs.pop("visual_keep", None), kwargs.pop("visual_scoring", "query")
         rate = kwargs.pop("video_pruning_rate", None)
         if rate and kwargs.get("pixel_values_videos") is not None and kwargs.get("video_keep_tokens") is None:
             inputs = kwargs.pop("input_ids") if inputs is None else inputs
@@ -597,7 +609,11 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
         if media and inputs is not None and kwargs.get("inputs_embeds") is None:
-            kwargs["inputs_embeds"] = self.model.embed_multimodal(inputs, **media)
+            embeds, types = self.model.embed_multimodal(inputs, **media, return_types=True)
+            kwargs["inputs_embeds"], media["mm_token_type_ids"] = embeds, types
+        if keep not in (None, 1) and media.get("mm_token_type_ids") is not None:
+            kwargs["past_key_values"] = reduction_cache(self, keep, scoring, kwargs)
+            kwargs["mm_token_type_ids"] = media["mm_token_type_ids"]
         return super().generate(inputs, **kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):

@@ -1,0 +1,256 @@
+"""Speed and memory of every phase, ours beside transformers' native classes and llama.cpp: one table.
+
+    python -m modeling_omni.benchmark [--phases prefill,decode] [--threads 1,2] [--device cuda] [--out FILE.json]
+
+Rules: peers take turns in one process; shown are the minimum and the median of the repetitions; dtype, threads,
+allocator settings and the load of the machine stand above the table; shares are of what this machine was measured to do
+just before (square GEMM of the dtype, or reading memory, for decoding); peak memory is what one call needs beyond
+weights and inputs, measured in a process of its own. A peer that is not installed, or fails, is named in the row. A run
+on two cores takes under ten minutes: what does not fit is left out and says so (`--minutes`).
+
+Sizes: "mid", a random hybrid of 406 million parameters (benchmark_peers.py), and "nano". The language model stands
+alone in prefill, decode and train; towers have their own phases.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .benchmark_phases import DTYPES, PHASES, Case, Options, models, towers
+
+# ---- measuring ----
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    own = call()
+    synchronize(device)
+    return own if isinstance(own, float) else time.perf_counter() - start
+
+
+def take_turns(case: Case, options: Options) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every call, one call of each in turn until the time is up; and what failed.
+
+    The first round warms up, and counts only where a call alone takes the time.
+    """
+    calls = case.calls
+    times, failed = {name: [] for name in calls}, {}
+    spent, rounds = 0.0, 0
+    while rounds < (2 if options.quick else 8):
+        for name in [name for name in calls if name not in failed]:
+            try:
+                start = time.perf_counter()
+                with torch.set_grad_enabled(case.grad):
+                    times[name].append(timed(calls[name], options.device))
+                spent += time.perf_counter() - start
+            except Exception as error:  # a peer that cannot is a result
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        rounds += 1
+        limit = options.seconds * len(calls)
+        if spent > (limit if rounds > 1 else 6 * limit):
+            break
+    times = {name: seconds[1:] or seconds for name, seconds in times.items() if name not in failed}
+    return times, failed
+
+
+def machine_peaks(device: str, dtypes: list[str], quick: bool) -> dict[str, float]:
+    """{"bf16": FLOP/s of a square product, ..., "memory": bytes/s of reading}, at the current number of threads."""
+    size = 256 if quick else 8192 if device.startswith("cuda") else 2048
+    peaks = {}
+    for name in dtypes:
+        a, b = (torch.randn(size, size, device=device, dtype=DTYPES[name]) for _ in range(2))
+        product = partial(torch.mm, a, b, out=torch.empty_like(a))
+        peaks[name] = 2 * size**3 / min(timed(product, device) for _ in range(3 if quick else 6))
+    values = torch.ones(2**20 if quick else 2**27, device=device)
+    peaks["memory"] = 4 * len(values) / min(timed(values.sum, device) for _ in range(4))
+    return peaks
+
+
+def peak_memory(call: Callable, device: str) -> float:
+    """Bytes that a call needs at its height beyond what is there before it."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = status("VmRSS")
+    call()
+    return max(0, status("VmHWM") - before)
+
+
+# ---- the run ----
+
+
+def opponent(peer: str, times: dict[str, list[float]]) -> str | None:
+    """Which of our calls a peer is held against: the one that runs the same way, or our fastest (llama.cpp)."""
+    own = [name for name in times if name.split(",")[0] == "ours"]
+    same = peer.replace("native", "ours")
+    if same != peer or peer in own:
+        return same if same in own and same != peer else "ours" if "ours" in own else None
+    return min(own, key=lambda name: min(times[name]), default=None)
+
+
+def run_case(phase: str, number: int, case: Case, threads: int, peaks: dict, options: Options, deadline: float) -> dict:
+    times, failed = take_turns(case, options)
+    row = {"phase": phase, "size": case.size, "dtype": case.dtype, "threads": threads, "calls": {}}
+    for name in (*case.calls, *case.missing):
+        entry = row["calls"][name] = {"note": failed.get(name) or case.missing.get(name)}
+        if name in times:
+            fastest = min(times[name])
+            entry |= {"min": fastest, "median": statistics.median(times[name]), "runs": len(times[name])}
+            entry |= {"against": opponent(name, times)}
+            if case.flops:
+                entry |= {"share": case.flops / fastest / peaks[case.dtype], "of": "GEMM"}
+            elif case.moved:
+                entry |= {"share": case.moved / fastest / peaks["memory"], "of": "memory"}
+        if case.memory and name in ("ours", "native") and name in times and time.monotonic() < deadline:
+            entry["memory"] = memory_elsewhere(phase, number, name, threads, options)
+    return row
+
+
+def memory_elsewhere(phase: str, number: int, peer: str, threads: int, options: Options) -> float | None:
+    command = [sys.executable, "-m", "modeling_omni.benchmark", "--phases", phase, "--threads", str(threads)]
+    command += ["--device", options.device, "--dtypes", ",".join(options.dtypes), "--memory-of", f"{number}:{peer}"]
+    result = subprocess.run(command + ["--quick"] * options.quick, capture_output=True, text=True)
+    return float(result.stdout.split()[-1]) if result.returncode == 0 and result.stdout.split() else None
+
+
+def settings(options: Options, peaks: dict[int, dict]) -> dict:
+    """What a reader must know of the machine and the run."""
+    from transformers import __version__ as transformers_version
+
+    allocator = {name: os.environ[name] for name in sorted(os.environ) if name.startswith("MALLOC_")}
+    chip = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        chip = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), chip)
+    if options.device.startswith("cuda"):
+        chip = torch.cuda.get_device_name()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "machine": f"{chip}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+        "allocator": allocator or "MALLOC_* not set",
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "peaks": {
+            threads: {
+                name: f"{value / 1e9:.0f} {'GB/s' if name == 'memory' else 'GFLOP/s'}" for name, value in own.items()
+            }
+            for threads, own in peaks.items()
+        },
+    }
+
+
+def cell(entry: dict) -> str:
+    if "min" not in entry:
+        return entry.get("note") or "-"
+    unit, scale = ("s", 1) if entry["min"] >= 1 else ("ms", 1e3)
+    return f"{entry['min'] * scale:.3g} ({entry['median'] * scale:.3g}) {unit}"
+
+
+def markdown(rows: list[dict]) -> str:
+    """A line per peer; times are minimum (median) of a call, or of a step when decoding; ratio: peer / ours."""
+    lines = [
+        "| phase | size | dtype | threads | ours | peer | its time | ratio | our share of peak | memory: ours, peer |"
+    ]
+    lines.append("|---|---|---|--:|--:|---|--:|--:|--:|--:|")
+    for row in rows:
+        first = f"| {row['phase']} | {row['size']} | {row['dtype']} | {row['threads']} | "
+        if "skipped" in row:
+            lines.append(first + f"{row['skipped']} | | | | | |")
+            continue
+        calls = row["calls"]
+        for name, entry in list(calls.items())[1:]:
+            against = entry.get("against") or "ours"
+            own = calls[against]
+            both = "min" in own and "min" in entry
+            ratio = f"{entry['min'] / own['min']:.2f}" if both else ""
+            share = f"{100 * own['share']:.0f} % of {own['of']}" if "share" in own else ""
+            held = [own.get("memory"), entry.get("memory")]
+            memory = ", ".join("-" if m is None else f"{m / 2**20:.0f} MB" for m in held) if any(held) else ""
+            how = against.removeprefix("ours, ") + ": " if against != "ours" else ""
+            lines.append(first + f"{how}{cell(own)} | {name} | {cell(entry)} | {ratio} | {share} | {memory} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser = argparse.ArgumentParser(prog="python -m modeling_omni.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated (default: all)")
+    parser.add_argument("--threads", default=f"1,{cores}" if cores > 1 else "1",
+                        help="small cases run at all of these numbers, others at the largest")  # fmt: skip
+    parser.add_argument("--dtypes", default="bf16,fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=9.5, help="cases that would start later are left out")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--out", help="also write settings and all numbers as JSON")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # NUMBER:PEER of the one phase given
+    given = parser.parse_args(argv)
+    phases, dtypes = given.phases.split(","), given.dtypes.split(",")
+    if unknown := [f for f in phases if f not in PHASES] + [d for d in dtypes if d not in DTYPES]:
+        parser.error(f"unknown: {', '.join(unknown)}; phases: {', '.join(PHASES)}; dtypes: {', '.join(DTYPES)}")
+    options = Options(given.device, dtypes, given.quick, 0.2 if given.quick else 2.5)
+    threads = sorted({int(number) for number in given.threads.split(",")})
+    torch.set_num_threads(threads[-1])
+    if given.memory_of:
+        number, peer = given.memory_of.split(":")
+        case = next(itertools.islice(PHASES[phases[0]](options), int(number), None))
+        with torch.set_grad_enabled(case.grad):
+            print(peak_memory(case.calls[peer], options.device))
+        return 0
+    deadline = time.monotonic() + 60 * given.minutes
+    peaks = {}
+    for count in threads:
+        torch.set_num_threads(count)
+        peaks[count] = machine_peaks(options.device, dtypes, given.quick)
+    about, rows = settings(options, peaks), []
+    for name, value in about.items():
+        print(f"{name}: {value}", flush=True)
+    for phase in phases:
+        for number, case in enumerate(PHASES[phase](options)):
+            for count in threads if case.alone else threads[-1:]:
+                torch.set_num_threads(count)
+                if time.monotonic() > deadline:
+                    row = {"phase": phase, "size": case.size, "dtype": case.dtype, "threads": count}
+                    rows.append(row | {"skipped": f"left out: {given.minutes:g} minutes are over"})
+                    continue
+                rows.append(run_case(phase, number, case, count, peaks[count], options, deadline))
+                print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+        models.cache_clear(), towers.cache_clear(), gc.collect()
+    print("\n" + markdown(rows))
+    about["load after"] = [round(value, 1) for value in os.getloadavg()]
+    print(f"\nload after: {about['load after']}")
+    if given.out:
+        Path(given.out).write_text(json.dumps(about | {"rows": rows}, indent=1, default=str))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
