@@ -124,7 +124,7 @@ def heldout_table(
                 prompts = [row["messages"][:-1] for row in rows]
                 if without:
                     prompts = [[m | {"content": taken_away(m["content"], without)} for m in one] for one in prompts]
-                answers = answer_batch(model, processor, prompts, think, 64 if think else 24, **(options or {}))
+                answers = answer_batch(model, processor, prompts, think, 64 if think else 40, **(options or {}))
                 right += sum(score(row, answer) for row, answer in zip(rows, answers))
                 bar.update(len(rows))
             if skipped is not None:

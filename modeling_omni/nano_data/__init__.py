@@ -88,6 +88,8 @@ _SKILLS = {
         f"image_{kind}": partial(_from_image, partial(images.reading_sample, kind))
         for kind in ("word", "digits", "handwritten")
     },
+    "image_recall": partial(_from_image, images.recall_sample),
+    "image_lines": partial(_from_image, images.lines_sample),
     "image_pages": _from_pages,
     "image_button": partial(_from_image, images.button_sample),
     **{f"speech_{kind}": partial(_hear, kind) for kind in ("digits", "words", "count")},

@@ -308,6 +308,40 @@ def draw_handwriting(digits: str, rng: random.Random, split: str) -> tuple[np.nd
     return picture, _handwrite(picture, ground, digits, (4, 6, width - 4, height - 6), rng, split)
 
 
+def draw_lines(rng: random.Random, split: str, handwritten: bool) -> tuple[np.ndarray, list[Ink], list[str]]:
+    """A picture full of lines of characters, its ink, and what the lines say from top to bottom."""
+    height, width = random_size(rng)
+    picture, ground = background(rng, height, width, [])
+    inks, lines, top = [], [], rng.randint(2, 8)
+    while top + 22 < height:
+        line = rng.randint(22, 40) if not handwritten else rng.randint(24, 44)
+        box = (3, top, width - 3, min(height - 1, top + line))
+        if handwritten:
+            lines.append("".join(rng.choices("0123456789", k=rng.randint(2, width // 30))))
+            inks += _handwrite(picture, ground, lines[-1], box, rng, split)
+        else:
+            letters = CHARACTERS[:10] if rng.random() < 0.3 else CHARACTERS[10:]
+            most = round(width / (0.75 * line))  # more of them would be squeezed to a smaller size
+            lines.append("".join(rng.choices(letters, k=rng.randint(2, max(2, most)))))
+            inks += _write(picture, ground, lines[-1], box, rng, split)
+        top += line + rng.randint(0, 6)
+    return picture, inks, lines
+
+
+def lines_sample(rng: random.Random, split: str) -> tuple[Image.Image, str, str, str]:
+    """Every line of a picture full of characters: more to learn from one picture than a single word."""
+    picture, _, lines = draw_lines(rng, split, handwritten=rng.random() < 0.25)
+    answer = ", ".join(lines)
+    return finish(picture, rng), scenes.vary(rng.choice(text.READ_LINES_QUESTIONS), rng), answer, answer
+
+
+def recall_sample(rng: random.Random, split: str) -> tuple[Image.Image, str, str, str]:
+    """Several look-ups in one picture (see `text.recall`)."""
+    things = text.split_scene(lambda: scenes.random_things(rng, rng.randint(2, 5)), split)
+    picture, _ = draw_things(things, rng)
+    return finish(picture, rng), *text.ask_recall(things, rng), scenes.describe(things)
+
+
 def shapes_sample(kind: str, rng: random.Random, split: str) -> tuple[Image.Image, str, str, str]:
     """Picture, question, answer and thought of one question kind of `scenes`."""
     things = text.split_scene(lambda: scenes.scene_of(kind, rng), split)
@@ -445,20 +479,6 @@ def dense_image_sample(seed: int, split: str = "train") -> tuple[Image.Image, np
         if rng.random() < 0.5:
             picture, inks = draw_things(scenes.random_things(rng, rng.randint(1, 4)), rng)
     else:
-        height, width = random_size(rng)
-        picture, ground = background(rng, height, width, [])
-        inks, top, handwritten = [], rng.randint(2, 8), how > 0.8
-        while top + 22 < height:
-            line = rng.randint(22, 40) if not handwritten else rng.randint(24, 44)
-            box = (3, top, width - 3, min(height - 1, top + line))
-            if handwritten:
-                digits = "".join(rng.choices("0123456789", k=rng.randint(2, width // 30)))
-                inks += _handwrite(picture, ground, digits, box, rng, split)
-            else:
-                letters = CHARACTERS[:10] if rng.random() < 0.3 else CHARACTERS[10:]
-                most = round(width / (0.75 * line))  # more of them would be squeezed to a smaller size
-                written = "".join(rng.choices(letters, k=rng.randint(2, max(2, most))))
-                inks += _write(picture, ground, written, box, rng, split)
-            top += line + rng.randint(0, 6)
+        picture, inks, _ = draw_lines(rng, split, handwritten=how > 0.8)
     height, width, _ = picture.shape
     return finish(picture, rng), dense_labels(inks, height, width)

@@ -97,22 +97,26 @@ def scene(kind: str, rng: random.Random, split: str) -> Exchange:
 
 
 def recall(rng: random.Random, split: str) -> Exchange:
-    """Several look-ups at once, half of them with the key said again before its value.
-
-    One answer per scene teaches a model to name anything that was mentioned; many answers teach it to look.
-    """
+    """Several look-ups at once. One answer per scene teaches a model to name anything that was mentioned; many teach it
+    to look."""
     things = split_scene(lambda: scenes.random_things(rng, rng.randint(2, 6)), split)
+    question, answer = ask_recall(things, rng)
+    fact = ", ".join(thing.sentence() for thing in rng.sample(things, len(things)))
+    return f"{fact}.\n{question}", answer, scenes.describe(things)
+
+
+def ask_recall(things: list[scenes.Thing], rng: random.Random) -> tuple[str, str]:
+    """One property of every thing, asked by another; half of the answers say the key again before its value."""
     views = {"colour": lambda t: t.colour, "shape": lambda t: t.shape, "place": lambda t: PLACES[t.place]}
     value, key = rng.sample(list(views), 2)
     asked = rng.sample(things, len(things))
     keys = ", ".join(views[key](thing) for thing in asked)
     question = {"colour": "What colour is the", "shape": "What shape is the", "place": "Where is the"}[value]
-    fact = ", ".join(thing.sentence() for thing in rng.sample(things, len(things)))
     answers = [views[value](thing) for thing in asked]
     if rng.random() < 0.5:
         answers = [f"{views[key](thing)} {answer}" for thing, answer in zip(asked, answers, strict=True)]
         question = "List. " + question
-    return f"{fact}.\n{question} {keys}?", ", ".join(answers), scenes.describe(things)
+    return f"{question} {keys}?", ", ".join(answers)
 
 
 def motion(rng: random.Random, split: str) -> Exchange:
@@ -336,6 +340,7 @@ def chat(rng: random.Random, split: str) -> Exchange:
 READ_WORD_QUESTIONS = (
     "Read the word.", "What word is shown?", "What does it say?", "Read the text.", "Which word is in the picture?",
 )  # fmt: skip
+READ_LINES_QUESTIONS = ("Read every line.", "Read all the text.", "Read the lines from top to bottom.")
 READ_DIGITS_QUESTIONS = (
     "Read the digits.", "What number is shown?", "Read the number.", "Which digits are in the picture?",
 )  # fmt: skip
