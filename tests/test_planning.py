@@ -151,8 +151,7 @@ def test_states_and_block_inputs_of_the_released_model():
         args = stage(number, context_parallel=cp)
         kept = activation_phases(config, args, {"language"}, 2, context_parallel=cp)[0][1]
         tokens = args.row_tokens / cp
-        mask = tokens * args.row_tokens if cp == 1 else 0
-        assert in_gib(kept - mask - tokens * 8 * 2688) == gib
+        assert in_gib(kept - tokens * 8 * 2688) == gib
     for number, gib in ((4, 5.0), (5, 15.0)):
         phases = activation_phases(config, stage(number), {"vision", "language"}, 2)
         assert [phase[0] for phase in phases] == ["vision", "vision_projector", "language", "loss"]
@@ -300,7 +299,7 @@ def allocations(run) -> list[int]:
 
 
 def block_of(config, kind, dtype):
-    """(module, a forward pass, tokens of it, keys of the mask) for one kind of block."""
+    """(module, a forward pass, tokens of it) for one kind of block."""
     torch.manual_seed(0)
 
     def tensor(*shape):
@@ -312,9 +311,9 @@ def block_of(config, kind, dtype):
         module.mixer.config = config.llm_config
         config.llm_config._attn_implementation = "sdpa"
         seq_idx = torch.arange(tokens)[None] // 300
-        mask = (seq_idx[:, :, None] == seq_idx[:, None]).tril()[:, None]
+        attention = {"documents": [[300, 300, 300, 124]]}
         x = tensor(1, tokens, config.llm_config.hidden_size)
-        run = functools.partial(module, x, seq_idx=seq_idx, attention_mask=mask)
+        run = functools.partial(module, x, seq_idx=seq_idx, attention=attention)
     elif kind == "vision":
         tokens = 4 * 258
         module, x = VisionBlock(config.vision_config), tensor(tokens, config.vision_config.hidden_size)
@@ -336,14 +335,14 @@ def block_of(config, kind, dtype):
         run = functools.partial(module, x)
     for parameter in module.parameters():
         parameter.data.normal_(0, 0.05)
-    return module.to(dtype), run, tokens, tokens if kind == "*" else 0
+    return module.to(dtype), run, tokens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["M", "E", "*", "-", "vision", "audio", "subsampling", "vision_projector"])
 def test_saved_bytes_of_a_block(config, kind, dtype):
-    module, run, tokens, keys = block_of(config, kind, dtype)
-    measured, estimated = saved_bytes(module, run) / tokens, block_bytes(config, kind, dtype.itemsize, keys)
+    module, run, tokens = block_of(config, kind, dtype)
+    measured, estimated = saved_bytes(module, run) / tokens, block_bytes(config, kind, dtype.itemsize)
     assert measured == pytest.approx(estimated, rel=0.02), kind
 
     def forward_and_backward():
