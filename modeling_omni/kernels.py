@@ -268,12 +268,12 @@ def causal_attention(
 def _attend_one(query, key, value, mask):
     """One query per row: the heads of a KV head are the rows of one product with it."""
     folded = query.reshape(key.shape[0], key.shape[1], -1, key.shape[3])
-    scores = (folded * key.shape[3] ** -0.5) @ key.transpose(2, 3)
+    scores = (folded @ key.transpose(2, 3)).float() * key.shape[3] ** -0.5
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = scores.softmax(-1).to(value.dtype)
     return (weights @ value).view(query.shape[0], 1, query.shape[1], -1)
 
 

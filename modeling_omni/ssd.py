@@ -99,7 +99,7 @@ def ssd_scan(
     tensors = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, state_BHPN, D_H)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _SSDScan.apply(*tensors, seq_idx, chunk)
-    return _scan(*tensors, seq_idx, chunk, SCAN_ELEMENTS)[:2]
+    return _scan(*tensors, seq_idx, chunk, SCAN_ELEMENTS)
 
 
 def chunks_at_once(batch: int, heads: int, largest: int, elements: int) -> int:
@@ -194,8 +194,8 @@ def _by_heads(state_BGNX: torch.Tensor, heads: int) -> torch.Tensor:
     return state_BGNX.transpose(2, 3).unflatten(2, (heads // state_BGNX.shape[1], -1)).flatten(1, 2).contiguous()
 
 
-def _scan(x, dt, A, B, C, state, D, seq_idx, chunk, elements):
-    """-> y, the last state, and the states in front of every run (each [B, G, N, R P])."""
+def _scan(x, dt, A, B, C, state, D, seq_idx, chunk, elements, fronts=None):
+    """-> y and the last state. The state in front of every run [B, G, N, R P] is appended to `fronts`."""
     batch, length, heads, size = x.shape
     groups, states = B.shape[2], B.shape[3]
     y = dt.new_empty(x.shape)
@@ -205,10 +205,10 @@ def _scan(x, dt, A, B, C, state, D, seq_idx, chunk, elements):
         state = _by_rows(state.to(dt.dtype), groups)
     at_once = chunks_at_once(batch, heads, max(chunk * chunk, size * states), elements)
     D = None if D is None else _per_head(D, dt.dtype, groups)
-    kept_states = []
     with torch.autocast(x.device.type, enabled=False):
         for start, stop, chunks in _runs(length, chunk, at_once):
-            kept_states.append(state)
+            if fronts is not None:
+                fronts.append(state.clone())  # by itself it is part of a larger tensor
             run = _Run(x, dt, A, B, C, seq_idx, start, stop, chunks)
             incoming = run.incoming(state, run.by_token(run.x, run.dt * run.to_end))
             state = incoming[-1]
@@ -218,27 +218,27 @@ def _scan(x, dt, A, B, C, state, D, seq_idx, chunk, elements):
             output.addcmul_(from_state, run.from_start[..., None])
             if D is not None:
                 output.addcmul_(run.x.to(dt.dtype), D)
-    return y, _by_heads(state, heads), kept_states
+    return y, _by_heads(state, heads)
 
 
 class _SSDScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, state, D, seq_idx, chunk):
         ctx.chunk, ctx.elements = chunk, SCAN_ELEMENTS * TRAINING_FACTOR
-        y, last, states = _scan(x, dt, A, B, C, state, D, seq_idx, chunk, ctx.elements)
-        ctx.has_state = state is not None
-        ctx.save_for_backward(x, dt, A, B, C, D, seq_idx, torch.stack(states))
+        ctx.has_state, fronts = state is not None, []
+        y, last = _scan(x, dt, A, B, C, state, D, seq_idx, chunk, ctx.elements, fronts)
+        ctx.save_for_backward(x, dt, A, B, C, D, seq_idx, *fronts)
         return y, last
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dlast):
-        x, dt, A, B, C, D, seq_idx, states = ctx.saved_tensors
+        x, dt, A, B, C, D, seq_idx, *fronts = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            return _scan_backward(x, dt, A, B, C, D, seq_idx, states, dy, dlast, ctx.chunk, ctx.elements, ctx.has_state)
+            return _scan_backward(x, dt, A, B, C, D, seq_idx, fronts, dy, dlast, ctx.chunk, ctx.elements, ctx.has_state)
 
 
-def _scan_backward(x, dt, A, B, C, D, seq_idx, states, dy, dlast, chunk, elements, has_state):
+def _scan_backward(x, dt, A, B, C, D, seq_idx, fronts, dy, dlast, chunk, elements, has_state):
     """Gradients of x, dt, A, B, C, the first state and D, in the inputs' dtypes; run by run from the row's end.
 
     In a chunk, with u = dt x, L_ij the decay from j to i, l the log decay through a token, S the incoming state, e, m
@@ -254,7 +254,7 @@ def _scan_backward(x, dt, A, B, C, D, seq_idx, states, dy, dlast, chunk, element
     ddt = torch.empty_like(dt, memory_format=torch.contiguous_format)
     dA = dt.new_zeros(A.shape)
     dstate = _by_rows(dlast.to(dt.dtype), groups)
-    for (start, stop, chunks), state in zip(reversed(_runs(length, chunk, at_once)), states.flip(0).unbind()):
+    for (start, stop, chunks), state in zip(reversed(_runs(length, chunk, at_once)), reversed(fronts)):
         run = _Run(x, dt, A, B, C, seq_idx, start, stop, chunks)
         grad = _copy(_by_group(dy[:, run.part], chunks, groups), dt.dtype)  # [c, B, G, R, Q, P]
         weighted = run.by_token(run.x, run.dt * run.to_end)  # [c, B, G, Q, R P]
