@@ -114,7 +114,7 @@ def routed_experts(
         dtype = torch.get_autocast_dtype(hidden_TD.device.type)
         hidden_TD, up_EID, down_EDI = hidden_TD.to(dtype), up_EID.to(dtype), down_EDI.to(dtype)
     weights_TK = weights_TK.to(hidden_TD.dtype)
-    if cuda_kernels(kernels, hidden_TD):
+    if cuda_kernels(kernels, hidden_TD) and hidden_TD.element_size() == 2:
         return experts_grouped(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
     if torch.compiler.is_compiling() and len(hidden_TD) <= GATHER_TOKENS:
         return experts_gathered(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
@@ -179,17 +179,17 @@ def _run_experts(rows, spans, up, down):
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, experts, weights, up, down):
-        ctx.save_for_backward(hidden, experts, weights, up, down)
-        tokens, places, spans = sort_by_expert(experts, len(up))
-        rows = _run_experts(hidden.index_select(0, tokens), spans, up, down)
+        tokens, places, ctx.spans = sort_by_expert(experts, len(up))
+        ctx.save_for_backward(hidden, tokens, places, weights, up, down)
+        rows = _run_experts(hidden.index_select(0, tokens), ctx.spans, up, down)
         return F.embedding_bag(places, rows, per_sample_weights=weights, mode="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        hidden, experts, weights, up, down = ctx.saved_tensors
+        hidden, tokens, places, weights, up, down = ctx.saved_tensors
         needs_hidden, _, needs_weights, needs_up, needs_down = ctx.needs_input_grad
-        tokens, places, spans = sort_by_expert(experts, len(up))
+        spans = ctx.spans
         rows, grad_rows = hidden.index_select(0, tokens), grad.index_select(0, tokens)
         row_weights = rows.new_empty(len(rows), 1)
         row_weights[places.flatten(), 0] = weights.flatten()
@@ -247,7 +247,7 @@ def causal_attention(
         [B, S, heads, d].
     """
     if documents is not None:
-        if query.device.type == "cuda" and kernels != "torch" and not dropout and query.element_size() == 2:
+        if cuda_kernels(kernels, query) and not dropout and query.element_size() == 2:
             return _attend_varlen(query, key, value, documents)
         return _attend_documents(query, key, value, dropout, documents)
     length, keys = query.shape[2], key.shape[2]

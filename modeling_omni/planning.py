@@ -115,7 +115,7 @@ def block_bytes(config: OmniConfig, kind: str, b: int) -> float:
     if kind == "E":
         width, K = llm.moe_latent_size or D, llm.num_experts_per_tok
         latent = b * 2 * width if llm.moe_latent_size else 0
-        experts = (12 + b) * K + 4
+        experts = (28 + b) * K + 4
         shared = llm.moe_shared_expert_intermediate_size * llm.n_shared_experts * b
         router = 4 * llm.n_routed_experts + (4 * D if b == 2 else 0)
         return norm + experts + shared + router + latent

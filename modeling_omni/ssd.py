@@ -30,16 +30,20 @@ SCAN_ELEMENTS = 2**20
 # In training a state is kept per run of chunks, so the runs are longer.
 TRAINING_FACTOR = 4
 
-_MISSING = [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name) is None]
+_PACKAGES = ("mamba_ssm", "causal_conv1d")
+_MISSING = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
 _reported = set()
 
 
-def cuda_kernels(kernels: str, x: torch.Tensor) -> bool:
+def cuda_kernels(kernels: str, x: torch.Tensor, package: str | None = None) -> bool:
     """Whether `x` goes through GPU kernels. `kernels` is `config.kernels`: "auto", "torch" or "cuda".
 
-    "auto" takes the kernels of mamba_ssm and causal_conv1d and `grouped_mm` for tensors on a GPU if both packages are
-    installed, "cuda" insists on them for such tensors, "torch" never takes them. Tensors elsewhere always run on
-    PyTorch. What is active is logged once. Never run on a GPU by this project.
+    For tensors on a GPU "auto" takes what is installed of mamba_ssm and causal_conv1d, and PyTorch's own grouped
+    product and varlen attention; "cuda" insists on both packages; "torch" takes nothing. Tensors elsewhere always run
+    on plain PyTorch. What is active is logged once. Never run on a GPU by this project.
+
+    Args:
+        package: the one that is asked for; None: what PyTorch brings itself.
 
     Raises:
         ImportError: "cuda", a tensor on a GPU, and a package is missing.
@@ -47,17 +51,16 @@ def cuda_kernels(kernels: str, x: torch.Tensor) -> bool:
     """
     if kernels not in ("auto", "torch", "cuda"):
         raise ValueError(f"kernels is {kernels!r}; it must be 'auto', 'torch' or 'cuda'")
-    if x.device.type != "cuda" or kernels == "torch":
-        active, reason = False, f"kernels={kernels!r}, tensors on {x.device.type}"
-    else:
-        if _MISSING and kernels == "cuda":
-            raise ImportError(f"kernels='cuda' needs {', '.join(_MISSING)}: install them, or set kernels='auto'")
-        active, reason = not _MISSING, f"not installed: {', '.join(_MISSING)}" if _MISSING else f"kernels={kernels!r}"
-    if not torch.compiler.is_compiling() and (active, reason) not in _reported:
-        _reported.add((active, reason))
-        names = "mamba_ssm, causal_conv1d, grouped_mm" if active else "plain PyTorch"
-        logger.info("language model kernels: %s (%s)", names, reason)
-    return active
+    device = x.device.type
+    active = device == "cuda" and kernels != "torch"
+    if active and kernels == "cuda" and _MISSING:
+        raise ImportError(f"kernels='cuda' needs {', '.join(_MISSING)}: install them, or set kernels='auto'")
+    if not torch.compiler.is_compiling() and (kernels, device) not in _reported:
+        _reported.add((kernels, device))
+        names = [name for name in _PACKAGES if name not in _MISSING] + ["grouped_mm, varlen attention"]
+        names = ", ".join(names) if active else "plain PyTorch"
+        logger.info("language model kernels: %s (kernels=%r, tensors on %s)", names, kernels, device)
+    return active and package not in _MISSING
 
 
 # ---- the scan ----
@@ -89,7 +92,7 @@ def ssd_scan(
     Returns:
         y [B, S, H, P] float32 and the state after the last token [B, H, P, N] float32 (float64 if dt is).
     """
-    if cuda_kernels(kernels, x_BSHP):
+    if cuda_kernels(kernels, x_BSHP, "mamba_ssm"):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
         documents = None if seq_idx is None else seq_idx.int()
@@ -126,6 +129,11 @@ def _copy(view: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(view.shape, dtype=dtype, device=view.device).copy_(view)
 
 
+def _product(view: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy of `view` in scale's dtype, its rows multiplied by `scale`."""
+    return torch.mul(view, scale[..., None], out=torch.empty(view.shape, dtype=scale.dtype, device=view.device))
+
+
 class _Run:
     """What forward and backward pass both need of a run of chunks: its views, decays, C B^T and weighted inputs."""
 
@@ -157,7 +165,7 @@ class _Run:
 
     def inputs(self) -> torch.Tensor:
         """dt x, [c, B, G, R, Q, P]."""
-        return _copy(self.x, self.total.dtype).mul_(self.dt[..., None])
+        return _product(self.x, self.dt)
 
     def decay(self) -> torch.Tensor:
         """[c, B, G, R, Q, Q]: decay from token to token; 1 where the second is later, to be masked by C B^T."""
@@ -166,7 +174,7 @@ class _Run:
 
     def by_token(self, view: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """[c, B, G, R, Q, P] and a factor of each row -> [c, B, G, Q, R P], to be multiplied by all heads at once."""
-        return _copy(view.transpose(3, 4), self.total.dtype).mul_(scale.transpose(3, 4)[..., None]).flatten(4)
+        return _product(view.transpose(3, 4), scale.transpose(3, 4)).flatten(4)
 
     def incoming(self, state: torch.Tensor, weighted: torch.Tensor) -> torch.Tensor:
         """The states in front of every chunk of the run and behind the last, [c + 1, B, G, N, R P]."""
@@ -314,7 +322,7 @@ def ssd_step(
     kernels: str = "auto",
 ) -> torch.Tensor:
     """One token of `ssd_scan`; `state_BHPN` (contiguous, float32) is updated in place. Returns y [B, H, P] float32."""
-    if cuda_kernels(kernels, x_BHP):
+    if cuda_kernels(kernels, x_BHP, "mamba_ssm"):
         from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
         _, _, size, states = state_BHPN.shape
@@ -349,7 +357,7 @@ def causal_conv1d(
     `x_BSC` may carry history in front; with `seq_idx` [B, S] a tap never reaches into another document.
     Returns [B, S, C]. In training only the inputs are kept.
     """
-    if cuda_kernels(kernels, x_BSC):
+    if cuda_kernels(kernels, x_BSC, "causal_conv1d"):
         from causal_conv1d import causal_conv1d_fn
 
         documents = None if seq_idx is None else seq_idx.int()

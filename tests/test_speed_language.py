@@ -1,6 +1,7 @@
 """Every fast form of the language model against the plain one: values, gradients, memory, and `generate` compiled."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -447,6 +448,12 @@ def test_the_switch_of_kernels(caplog, monkeypatch, tmp_path):
         assert not any(cuda_kernels(name, x) for name in ("auto", "auto", "torch", "cuda"))
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "language model kernels: plain PyTorch (kernels='auto', tensors on cpu)" and len(lines) == 3
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))  # all that the switch looks at
+    monkeypatch.setattr(ssd, "_MISSING", ["mamba_ssm"])
+    assert cuda_kernels("auto", on_gpu) and cuda_kernels("auto", on_gpu, "causal_conv1d")
+    assert not cuda_kernels("auto", on_gpu, "mamba_ssm") and not cuda_kernels("torch", on_gpu)
+    with pytest.raises(ImportError, match="mamba_ssm"):
+        cuda_kernels("cuda", on_gpu)
     with pytest.raises(ValueError, match="'auto', 'torch' or 'cuda'"):
         cuda_kernels("triton", x)
     config = OmniTextConfig(**LLM, kernels="torch", hybrid_override_pattern="M")
