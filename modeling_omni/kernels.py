@@ -18,6 +18,8 @@ from .ssd import cuda_kernels
 
 # Tokens up to which compiled code multiplies every token with its own gathered experts, never forming the gather.
 GATHER_TOKENS = 16
+# Elements of a block of rows where norms run block by block.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 # Queries of a block of causal attention on a CPU, and the most scores that exist at a time.
 BLOCK_ROWS = 256
 BLOCK_SCORES = 2**23
@@ -31,30 +33,53 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 # ---- elementwise ----
 
 
+def _blocks(tensors: tuple) -> list[tuple]:
+    """Cuts tensors [..., D] into blocks of rows; vectors [D] and None are in every block as they are."""
+    rows = [t.flatten(0, -2) if t is not None and t.dim() > 1 else t for t in tensors]
+    count, width = next(t.shape for t in rows if t is not None and t.dim() == 2)
+    size = max(1, BLOCK_ELEMENTS.get(tensors[0].device.type, BLOCK_ELEMENTS["cpu"]) // width)
+    cuts = [t.split(size) if t is not None and t.dim() == 2 else [t] * max(1, -(-count // size)) for t in rows]
+    return list(zip(*cuts))
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, *inputs):
         ctx.function = function
         ctx.save_for_backward(*inputs)
-        return function(*inputs)
+        return recomputed(function, *inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        needed = ctx.needs_input_grad[1:]
-        inputs = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed)]
-        with torch.enable_grad():
-            output = ctx.function(*inputs)
-        grads = iter(torch.autograd.grad(output, [t for t, n in zip(inputs, needed) if n], grad))
-        return None, *(next(grads) if n else None for n in needed)
+        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        # what all rows share is summed over the blocks, in float32
+        wide = [t if t is None or t.dim() > 1 else t.to(torch.promote_types(t.dtype, torch.float32)) for t in inputs]
+        grads = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) if n else None for t, n in zip(wide, needed)]
+        for (grad_block, *block), (_, *targets) in zip(_blocks((grad, *wide)), _blocks((grad, *grads))):
+            block = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(block, needed)]
+            with torch.enable_grad():
+                output = ctx.function(*block)
+            own = torch.autograd.grad(output, [t for t, n in zip(block, needed) if n], grad_block)
+            for target, part in zip([t for t in targets if t is not None], own):
+                target.add_(part)
+        return None, *(g if g is None else g.to(t.dtype) for g, t in zip(grads, inputs))
 
 
 def recomputed(function: Callable, *inputs: torch.Tensor | None) -> torch.Tensor:
-    """`function(*inputs)`; for the backward pass only the inputs are kept. For cheap functions without random numbers.
+    """`function(*inputs)`, row by row the same; for the backward pass only the inputs are kept.
 
-    It is plain code that autograd and the compiler see through, where nothing is to be saved.
+    Many rows run in blocks, forward and backward: what exists between inputs and outputs is small, and in the cache.
+
+    Args:
+        function: cheap, without random numbers, of one dtype and shape out: [rows, D] for the first input's.
+        inputs: tensors [..., D], and vectors [D] that all rows share.
     """
-    return _Recomputed.apply(function, *inputs) if needs_grad(*inputs) else function(*inputs)
+    if needs_grad(*inputs):
+        return _Recomputed.apply(function, *inputs)
+    if torch.compiler.is_compiling() or len(blocks := _blocks(inputs)) == 1:
+        return function(*inputs)
+    return torch.cat([function(*block) for block in blocks]).view(inputs[0].shape)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

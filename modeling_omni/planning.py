@@ -28,16 +28,17 @@ from pathlib import Path
 import torch
 import yaml
 
+from . import ssd
 from .configuration_omni import OmniConfig, resolve_checkpoint
 from .modeling_omni import LOSS_CHUNK, OmniForConditionalGeneration
 from .packing import LONG_ROW
-from .ssd import SCAN_CHUNK, SCAN_ELEMENTS, TRAINING_FACTOR, chunks_at_once
 
 GIB = 2**30
 PARTS = ("vision", "audio", "vision_projector", "audio_projector", "language")
 LANGUAGE_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}  # blocks that `recompute` can name singly
 # Memory at the height of a block's backward pass over what its forward pass saves; measured within a quarter of these.
-PEAK = {"M": 1.25, "E": 1.25, "*": 2.0, "-": 2.0, "vision": 1.4, "audio": 1.6, "subsampling": 1.2, "projector": 2.0}
+PEAK = {"M": 1.7, "E": 1.7, "*": 1.4, "-": 2.1, "vision": 1.4, "audio": 1.6, "subsampling": 1.2, "projector": 1.6}
+SCAN_BUFFERS = 10  # of the largest size that the scan's backward pass holds at a time, whatever the row's length
 LOGIT_BYTES = 12.5  # per logit of one chunk of the loss, forward and backward; 12.1 measured
 CUDA_AND_NCCL = 2 * GIB  # context, kernels and communication buffers of a GPU; an estimate
 ZERO_BUFFERS = 1 * GIB  # reduce and prefetch buckets, a sub-group in float32 (sizes in distributed.py); an estimate
@@ -108,8 +109,10 @@ def block_bytes(config: OmniConfig, kind: str, b: int) -> float:
     if kind == "M":
         inner, C, N = llm.mamba_intermediate_size, llm.mamba_conv_size, llm.ssm_state_size
         H, P = llm.mamba_num_heads, llm.mamba_head_dim
-        elements = SCAN_ELEMENTS * TRAINING_FACTOR
-        run = SCAN_CHUNK * chunks_at_once(1, H, max(SCAN_CHUNK**2, P * N), elements)  # tokens to a kept state
+        elements = ssd.SCAN_ELEMENTS * ssd.TRAINING_FACTOR
+        run = ssd.SCAN_CHUNK * ssd.chunks_at_once(
+            1, H, max(ssd.SCAN_CHUNK**2, P * N), elements
+        )  # a state is kept of each
         projected = b * (inner + C + H) + 12 * H  # in_proj's output; dt before and after softplus and clamp, float32
         return norm + projected + b * C + 4 * inner * N / run + 4 * inner + b * inner
     if kind == "E":
@@ -139,6 +142,12 @@ def block_bytes(config: OmniConfig, kind: str, b: int) -> float:
     return 2 * width * b + inner * b
 
 
+def sorted_row_bytes(config: OmniConfig, kind: str, b: int) -> float:
+    """Bytes per token of a block's backward pass that PEAK does not tell: experts' rows and their gradients, sorted."""
+    llm = config.llm_config
+    return 2 * llm.num_experts_per_tok * (llm.moe_latent_size or llm.hidden_size) * b if kind == "E" else 0
+
+
 def activation_phases(
     config: OmniConfig, args, trained: set[str], b: int, rows: int = 1, context_parallel: int = 1
 ) -> list[tuple[str, float, float]]:
@@ -165,7 +174,9 @@ def activation_phases(
             factor = PEAK.get(kind, PEAK["projector"])
             again = name in recomputed or LANGUAGE_KINDS.get(kind) in recomputed
             kept += number * count * (inputs if again else saved)
-            peak = max(peak, min(count, at_once) * saved * (factor if again else factor - 1))
+            more = saved * (factor if again else factor - 1) + sorted_row_bytes(config, kind, b)
+            fixed = 4 * SCAN_BUFFERS * ssd.SCAN_ELEMENTS * ssd.TRAINING_FACTOR if kind == "M" else 0
+            peak = max(peak, min(count, at_once) * more + fixed)
         return name, kept, peak
 
     towers = []

@@ -9,6 +9,7 @@ import torch
 import yaml
 from tiny_model import collate, make_sample, randomize
 
+from modeling_omni import kernels, ssd
 from modeling_omni.configuration_omni import OmniConfig
 from modeling_omni.modeling_audio import OmniAudioModel
 from modeling_omni.modeling_language import OmniBlock
@@ -28,6 +29,7 @@ from modeling_omni.planning import (
     memory_estimate,
     plan,
     plan_command,
+    sorted_row_bytes,
     stage_memory,
 )
 from modeling_omni.training import SFTArguments
@@ -270,6 +272,13 @@ def config():
     return OmniConfig(**SIZES)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """What runs in blocks of rows does so at small sizes too: a block is nothing next to a layer."""
+    monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", {"cpu": 2**13})
+    monkeypatch.setattr(ssd, "SCAN_ELEMENTS", 2**13)
+
+
 def saved_bytes(module, run) -> int:
     """Bytes that autograd saves in one pass, each storage once, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
@@ -340,7 +349,7 @@ def block_of(config, kind, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["M", "E", "*", "-", "vision", "audio", "subsampling", "vision_projector"])
-def test_saved_bytes_of_a_block(config, kind, dtype):
+def test_saved_bytes_of_a_block(config, kind, dtype, small_blocks):
     module, run, tokens = block_of(config, kind, dtype)
     measured, estimated = saved_bytes(module, run) / tokens, block_bytes(config, kind, dtype.itemsize)
     assert measured == pytest.approx(estimated, rel=0.02), kind
@@ -353,11 +362,12 @@ def test_saved_bytes_of_a_block(config, kind, dtype):
     module.zero_grad(set_to_none=True)
     gradients = sum(parameter.nbytes for parameter in module.parameters())
     peak = (max(allocations(forward_and_backward)) - gradients) / tokens
-    assert 0.75 < peak / (estimated * PEAK.get(kind, PEAK["projector"])) < 1.05, kind
+    highest_estimate = estimated * PEAK.get(kind, PEAK["projector"]) + sorted_row_bytes(config, kind, dtype.itemsize)
+    assert 0.75 < peak / highest_estimate < 1.05, kind
 
 
 @pytest.mark.parametrize("recompute", [[], [*RECOMPUTED_FROM]], ids=["kept", "recomputed"])
-def test_activations_of_the_whole_model(config, recompute):
+def test_activations_of_the_whole_model(config, recompute, small_blocks):
     """A row nearly full of pictures, trained as a whole: memory after the forward pass and at the height."""
     model = randomize(OmniForConditionalGeneration(config)).train()
     if recompute:
