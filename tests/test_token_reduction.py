@@ -100,7 +100,7 @@ def without_cache(model, embeds_SD, positions, answer):
         kept = torch.cat([kept[kept >= 0], torch.arange(len(embeds_SD), len(embeds_SD) + len(answer))])
         hidden, places = hidden[torch.isin(places, kept)], kept
         causal = torch.full((len(kept), len(kept)), -torch.inf).triu(1)
-        hidden = layer(hidden[None], attention_mask=causal)[0]
+        hidden = layer(hidden[None], attention={"attention_mask": causal[None, None]})[0]
     return model.lm_head(language.norm_f(hidden))[-len(answer) - 1 : -1]
 
 
