@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import CompileConfig, DynamicCache, NemotronHConfig, NemotronHForCausalLM
+from transformers import CompileConfig, DynamicCache, NemotronHConfig, NemotronHForCausalLM, StaticCache
+from transformers.cache_utils import CacheLayerMixin
 
 from .configuration_omni import OmniConfig, OmniTextConfig, resolve_checkpoint
 from .modeling_omni import OmniForConditionalGeneration
@@ -157,19 +158,16 @@ def native_compiled_options() -> dict:
 
 
 @torch.no_grad()
-def filled_cache(model, text, batch: int, context: int) -> DynamicCache:
-    """A cache as after a prompt of `context` tokens: real states of a short prompt, random keys and values in front."""
-    cache = DynamicCache(config=text)
+def filled_cache(model, text, batch: int, context: int, static: bool = False):
+    """A cache as behind a prompt of `context` tokens: states of a short real one, then random keys and values."""
+    cache = StaticCache(text, max_cache_len=context + 512) if static else DynamicCache(config=text)
     short = min(64, context)
     ids = torch.randint(32, text.vocab_size, (batch, short), device=model.device)
     model(input_ids=ids, past_key_values=cache, use_cache=True)
-    for layer, kind in zip(
-        cache.layers, text.layers_block_type if hasattr(text, "layers_block_type") else text.layer_types
-    ):
-        if kind in ("attention", "full_attention"):
-            shape = (batch, text.num_key_value_heads, context - short, text.head_dim)
-            more = torch.randn(2, *shape, device=model.device, dtype=layer.keys.dtype)
-            layer.keys, layer.values = torch.cat([more[0], layer.keys], 2), torch.cat([more[1], layer.values], 2)
+    for layer in cache.layers:
+        if isinstance(layer, CacheLayerMixin):  # keys and values
+            shape = (2, batch, text.num_key_value_heads, context - short, text.head_dim)
+            layer.update(*torch.randn(shape, device=model.device, dtype=layer.keys.dtype))
     return cache
 
 

@@ -168,9 +168,12 @@ def reduction_markdown(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    from transformers.utils import logging as transformers_logging
+
     from .inference import load
     from .nano_data import SKILLS
 
+    transformers_logging.disable_progress_bar()
     seen = [s for s in SKILLS if s.startswith(("image_", "video_"))]
     parser = argparse.ArgumentParser(prog="python -m modeling_omni.evaluation", description=reduction_table.__doc__)
     parser.add_argument("--model", default="nano")

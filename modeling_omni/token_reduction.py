@@ -169,7 +169,7 @@ def reduced_forward(
     types = torch.zeros(batch, length, device=device) if token_types is None else token_types.to(device)
     visual = ((types == IMAGE) | (types == VIDEO)) & valid
     from_end, asks = question_places(types, visual, valid)
-    counts = visual.sum(1)
+    counts, nothing_visual = visual.sum(1), not bool(visual.any())
 
     hidden = inputs_embeds
     cache.positions, cache.valid = [], []
@@ -186,7 +186,7 @@ def reduced_forward(
             **(layer_attention(config, cache, number, hidden, padded) if layer.kind == "*" else {}),
             **kwargs,
         )
-        if number + 1 == len(shares) or shares[number + 1] >= shares[number]:
+        if nothing_visual or number + 1 == len(shares) or shares[number + 1] >= shares[number]:
             continue
         keep_B = (counts * shares[number + 1]).ceil().long()
         if cache.scoring == "query":

@@ -223,8 +223,9 @@ def test_prompts_that_cannot_be_scored(model):
     visual = torch.tensor([[False, True, True]])
     with pytest.raises(OmniInputError, match="text behind"):
         question_places(visual.long(), visual, torch.ones(1, 3).bool())
-    text = generate(model, make_batch([[9], [4]]), visual_keep=0.5)  # nothing visual: the plain path
-    assert torch.equal(text.sequences, generate(model, make_batch([[9], [4]])).sequences)
+    for rows in ([[9], [4]], [[3, ("audio", [60]), 5], [4]]):  # nothing visual: nothing is dropped
+        batch = make_batch(rows)
+        assert torch.equal(generate(model, batch, visual_keep=0.5).sequences, generate(model, batch).sequences)
 
 
 # --- scores
