@@ -39,10 +39,13 @@ class OmniTextConfig(PreTrainedConfig):
             `-` plain MLP. `layers_block_type` / `layer_types` lists are accepted instead.
         time_step_limit (`tuple[float, float]`): clamp of Mamba's dt after softplus. Followed as stored; the native
             class clamps at `time_step_min` instead while it prefills.
-        chunk_size (`int`): chunk of the Mamba-2 scan, a matter of speed only.
+        chunk_size (`int`): chunk of the Mamba-2 scan that the checkpoint was made with. Not read: it changes no result,
+            and which one is fastest is the machine's business.
         moe_latent_size (`int`, *optional*): experts work in a projection of this size (LatentMoE of Nemotron 3 Super
             and Ultra); `None` for Nano.
         mamba_ssm_cache_dtype (`str`): dtype of the recurrent state kept between steps (paper 4.7: float32).
+        kernels (`str`): `"auto"`, `"torch"` or `"cuda"`: whether tensors on a GPU go through the kernels of other
+            packages (see `ssd.cuda_kernels`). A choice of the machine: it is read when it matters and never saved.
     """
 
     model_type = "nemotron_h"
@@ -103,6 +106,7 @@ class OmniTextConfig(PreTrainedConfig):
     residual_in_fp32: bool = False
     rescale_prenorm_residual: bool = True
     initializer_range: float = 0.02
+    kernels: str = "auto"
 
     def __post_init__(self, **kwargs):
         names = kwargs.pop("layers_block_type", None) or kwargs.pop("layer_types", None)
@@ -126,7 +130,9 @@ class OmniTextConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self):
-        return super().to_dict() | {"norm_eps": self.layer_norm_epsilon}  # the released config holds both names
+        output = super().to_dict() | {"norm_eps": self.layer_norm_epsilon}  # the released config holds both names
+        output.pop("kernels", None)
+        return output
 
     @property
     def layer_types(self) -> list[str]:

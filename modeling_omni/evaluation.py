@@ -175,7 +175,7 @@ def reduction_table(
 
 
 def reduction_markdown(rows: list[dict]) -> str:
-    """`reduction_table` as Markdown: a line per skill and a column per way, and their mean over the skills that ran."""
+    """`reduction_table` as Markdown: a line per skill and a column per way, and the means of pictures and of videos."""
     ways = list(dict.fromkeys((row["keep"], row["how"]) for row in rows))
     found = {(row["skill"], row["keep"], row["how"]): row["accuracy"] for row in rows if "accuracy" in row}
     skills = list(dict.fromkeys(row["skill"] for row in rows if "accuracy" in row))
@@ -183,8 +183,11 @@ def reduction_markdown(rows: list[dict]) -> str:
     for skill in skills:
         cells = [found.get((skill, *way)) for way in ways]
         lines.append(f"| {skill} | " + " | ".join("" if c is None else f"{100 * c:.0f} %" for c in cells) + " |")
-    means = [[found[(skill, *way)] for skill in skills if (skill, *way) in found] for way in ways]
-    lines.append("| mean | " + " | ".join(f"{100 * sum(m) / len(m):.1f} %" if m else "" for m in means) + " |")
+    for kind in ("image", "video"):  # apart, since EVS is for videos only
+        own = [skill for skill in skills if skill.startswith(kind)]
+        means = [[found[(skill, *way)] for skill in own if (skill, *way) in found] for way in ways]
+        cells = [f"{100 * sum(mean) / len(mean):.1f} %" if mean else "" for mean in means]
+        lines.append(f"| mean of {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -2,10 +2,12 @@
 
 One mixer per layer, `x + mixer(RMSNorm(x))`, its kind given by a letter of `hybrid_override_pattern`. Mamba-2 is the
 chunked state-space dual form of Dao and Gu (2024); the experts are those of Nemotron 3 Nano (sigmoid router with a
-correction bias used for the choice only, relu^2 experts without gates, one shared expert).
+correction bias used for the choice only, relu^2 experts without gates, one shared expert). This file says what is
+computed and how it is put together; the arithmetic that is worth doing fast stands in `ssd.py` (Mamba-2) and
+`kernels.py` (norms, experts, attention).
 
-Shape legend: B batch, S tokens, D hidden size; H Mamba heads, P head size, G groups, N state size, Q tokens of a
-scan chunk, C conv channels; E experts, K experts per token, T tokens of all rows, I expert width.
+Shape legend: B batch, S tokens, D hidden size; H Mamba heads, P head size, G groups, N state size, C conv channels;
+E experts, K experts per token, T tokens of all rows, I expert width; L keys.
 """
 
 import math
@@ -20,14 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_omni import OmniTextConfig
-
-# Tokens per chunk of the Mamba-2 scan. The result does not depend on it; 32 to 64 measured fastest on CPUs.
-SCAN_CHUNK = 64
-
-
-def relu2(x: torch.Tensor) -> torch.Tensor:
-    """Squared ReLU, the activation of the experts, the MLP layers and both projectors."""
-    return F.relu(x).square()
+from .kernels import causal_attention, gated_group_rms_norm, relu2, rms_norm, routed_experts
+from .ssd import causal_conv1d, causal_conv1d_step, ssd_scan, ssd_step
 
 
 class OmniRMSNorm(nn.Module):
@@ -39,9 +35,7 @@ class OmniRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * y).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedGroupRMSNorm(nn.Module):
@@ -55,112 +49,7 @@ class GatedGroupRMSNorm(nn.Module):
 
     def forward(self, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         """y, gate: [B, S, H*P] -> [B, S, H*P] in gate's dtype."""
-        y = y.float() * F.silu(gate.float())
-        groups = y.unflatten(-1, (-1, self.group_size))
-        y = (groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
-        return (self.weight.float() * y).to(gate.dtype)
-
-
-def causal_conv1d(
-    x_BSC: torch.Tensor, weight_CK: torch.Tensor, bias_C: torch.Tensor | None, seq_idx: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Depthwise causal convolution with SiLU, as a sum of shifted products (no transposes).
-
-    `x_BSC` may carry history in front; with `seq_idx` [B, S] a tap never reaches into another document.
-    Returns [B, S, C].
-    """
-    kernel, length = weight_CK.shape[1], x_BSC.shape[1]
-    x = F.pad(x_BSC, (0, 0, kernel - 1, 0))
-    y = bias_C
-    for tap in range(kernel):
-        shifted = x[:, tap : tap + length]
-        back = kernel - 1 - tap  # this tap reads the token `back` places earlier
-        if seq_idx is not None and back:
-            same = seq_idx == F.pad(seq_idx, (back, 0), value=-1)[:, :length]
-            shifted = shifted * same[..., None]
-        y = shifted * weight_CK[:, tap] if y is None else torch.addcmul(y, shifted, weight_CK[:, tap])
-    return F.silu(y)
-
-
-def ssd_scan(
-    x_BSHP: torch.Tensor,
-    dt_BSH: torch.Tensor,
-    A_H: torch.Tensor,
-    B_BSGN: torch.Tensor,
-    C_BSGN: torch.Tensor,
-    state_BHPN: torch.Tensor | None = None,
-    seq_idx: torch.Tensor | None = None,
-    chunk: int = SCAN_CHUNK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mamba-2's selective scan: state <- exp(dt A) state + dt x B^T, y = C state, for every token in order.
-
-    Chunk by chunk: inside a chunk as products of matrices (C B^T is formed once per group, not per head), between
-    chunks through the float32 state. Linear in S; nothing larger than [B, H, Q, Q] is ever held.
-
-    Args:
-        x_BSHP: inputs. dt_BSH: step sizes after softplus, float32. A_H: negative decay rates, float32.
-        B_BSGN, C_BSGN: input and output maps, shared by the heads of a group.
-        state_BHPN: state before the first token (zeros if None).
-        seq_idx: [B, S] document number of every token; the state never crosses from one document to the next.
-
-    Returns:
-        y [B, S, H, P] float32 and the state after the last token [B, H, P, N] float32.
-    """
-    batch, _, heads, _ = x_BSHP.shape
-    groups = B_BSGN.shape[2]
-    per_group = heads // groups
-    decay_log_BHS = (dt_BSH * A_H).transpose(1, 2)
-    xdt_BHSP = (x_BSHP.float() * dt_BSH[..., None]).transpose(1, 2)
-    B_BGSN, C_BGSN = B_BSGN.float().transpose(1, 2), C_BSGN.float().transpose(1, 2)
-    # `split` and not slices: the gradient of a slice is a zero-filled tensor of the whole length for every chunk
-    parts = zip(xdt_BHSP.split(chunk, 2), decay_log_BHS.split(chunk, 2), B_BGSN.split(chunk, 2), C_BGSN.split(chunk, 2))
-    documents = seq_idx.split(chunk, 1) if seq_idx is not None else None
-    last_document = None
-    outputs = []
-    for number, (x, decay_log, B, C) in enumerate(parts):
-        length = x.shape[2]
-        total = decay_log.cumsum(-1)  # [B, H, Q] log decay from the chunk's start through each token
-        causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        carried = 1.0  # whether the incoming state belongs to the token's document
-        kept = total[..., -1:]  # log decay of the incoming state over the chunk
-        to_end = kept - total
-        if documents is not None:
-            document = documents[number]
-            causal = causal & (document[:, None, :, None] == document[:, None, None, :])
-            if last_document is not None:
-                carried = (document == last_document[:, None])[:, None, :, None]
-                kept = kept.masked_fill((document[:, -1] != last_document)[:, None, None], -torch.inf)
-            to_end = to_end.masked_fill((document != document[:, -1:])[:, None], -torch.inf)
-            last_document = document[:, -1]
-        decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-        mixing = (C @ B.transpose(2, 3))[:, :, None] * decay.unflatten(1, (groups, per_group))  # [B, G, H/G, Q, Q]
-        y = mixing.flatten(1, 2) @ x
-        if state_BHPN is not None:
-            from_state = C[:, :, None] @ state_BHPN.unflatten(1, (groups, per_group)).transpose(3, 4)
-            y = y + from_state.flatten(1, 2) * total.exp()[..., None] * carried
-        outputs.append(y)
-        weighted = (x * to_end.exp()[..., None]).unflatten(1, (groups, per_group)).transpose(3, 4)  # [B,G,H/G,P,Q]
-        new_state = (weighted @ B[:, :, None]).flatten(1, 2)
-        state_BHPN = new_state if state_BHPN is None else torch.addcmul(new_state, state_BHPN, kept.exp()[..., None])
-    y_BHSP = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-    return y_BHSP.transpose(1, 2), state_BHPN
-
-
-def ssd_step(
-    x_BHP: torch.Tensor,
-    dt_BH: torch.Tensor,
-    A_H: torch.Tensor,
-    B_BGN: torch.Tensor,
-    C_BGN: torch.Tensor,
-    state_BHPN: torch.Tensor,
-) -> torch.Tensor:
-    """One token of `ssd_scan`; `state_BHPN` (float32) is updated in place. Returns y [B, H, P] float32."""
-    per_group = x_BHP.shape[1] // B_BGN.shape[1]
-    B_BHN = B_BGN.float().repeat_interleave(per_group, 1)
-    C_BHN = C_BGN.float().repeat_interleave(per_group, 1)
-    state_BHPN.mul_((dt_BH * A_H).exp()[..., None, None])
-    state_BHPN.addcmul_((x_BHP.float() * dt_BH[..., None])[..., None], B_BHN[:, :, None].to(state_BHPN.dtype))
-    return (state_BHPN.float() @ C_BHN[..., None]).squeeze(-1)
+        return gated_group_rms_norm(y, gate, self.weight, self.group_size, self.eps)
 
 
 class Mamba2Mixer(nn.Module):
@@ -168,12 +57,12 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, config: OmniTextConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
         self.n_groups, self.state_size = config.n_groups, config.ssm_state_size
         self.time_step_limit = config.time_step_limit
         self.state_dtype = getattr(torch, config.mamba_ssm_cache_dtype)
-        self.chunk = min(config.chunk_size, SCAN_CHUNK)
         inner, conv_size = config.mamba_intermediate_size, config.mamba_conv_size
         self.in_proj = nn.Linear(config.hidden_size, inner + conv_size + self.num_heads, bias=config.mamba_proj_bias)
         self.conv1d = nn.Conv1d(conv_size, conv_size, config.conv_kernel, groups=conv_size, bias=config.use_conv_bias)
@@ -198,16 +87,12 @@ class Mamba2Mixer(nn.Module):
             hidden_BSD = hidden_BSD * padding_mask[..., None]
         gate, xbc, dt = self.in_proj(hidden_BSD).split([inner, inner + 2 * bc_size, self.num_heads], -1)
 
-        state = None
-        if cache is not None:
-            state = cache.get_recurrent_state(self.layer_idx, state_idx=0)
-            kernel = self.conv1d.kernel_size[0]
-            xbc = cache.update_conv_state(xbc.transpose(1, 2), self.layer_idx, conv_kernel_size=kernel).transpose(1, 2)
-            xbc = xbc[:, -(length + kernel - 1) :]
-        documents = seq_idx
-        if context is not None:  # rows are slices of longer rows, which stand on several ranks
-            xbc, documents = context.prepend_history(xbc, self.conv1d.kernel_size[0] - 1)
-        xbc = causal_conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, documents)[:, -length:]
+        state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
+        one_step = state is not None and length == 1
+        if one_step:
+            xbc = self._convolve_step(xbc, cache)
+        else:
+            xbc = self._convolve(xbc, cache, seq_idx, context)
         if padding_mask is not None:  # the convolution's bias made padding non-zero again
             xbc = xbc * padding_mask[..., None]
         x, B, C = xbc.split([inner, bc_size, bc_size], -1)
@@ -216,16 +101,35 @@ class Mamba2Mixer(nn.Module):
         A = -self.A_log.float().exp()
         dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.time_step_limit)
 
-        if state is not None and length == 1:
-            y = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state)[:, None]
+        kernels = self.config.kernels
+        if one_step:
+            y = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state, self.D, kernels)[:, None]
         else:
-            y, state = ssd_scan(x, dt, A, B, C, None if state is None else state.float(), seq_idx, self.chunk)
+            state = None if state is None else state.float()
+            y, state = ssd_scan(x, dt, A, B, C, state, seq_idx, self.D, kernels=kernels)
             if cache is not None:
                 cache.update_recurrent_state(state.to(self.state_dtype), self.layer_idx)
             if context is not None:
                 y = context.add_incoming_state(y, state, dt * A, C)
-        y = torch.addcmul(y, x.float(), self.D.float()[:, None])
         return self.out_proj(self.norm(y.flatten(-2), gate))
+
+    def _convolve(self, xbc_BSC, cache, seq_idx, context):
+        length, kernel = xbc_BSC.shape[1], self.conv1d.kernel_size[0]
+        own = xbc_BSC
+        if cache is not None:
+            previous = cache.get_conv_state(self.layer_idx)
+            if previous is not None:
+                xbc_BSC = torch.cat([previous[..., 1:].transpose(1, 2), own], 1)
+            cache.update_conv_state(own[:, -kernel:].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
+        if context is not None:  # rows are slices of longer rows, which stand on several ranks
+            xbc_BSC, seq_idx = context.prepend_history(own, kernel - 1)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        return causal_conv1d(xbc_BSC, weight, bias, seq_idx, self.config.kernels)[:, -length:]
+
+    def _convolve_step(self, xbc_B1C, cache):
+        kernel = self.conv1d.kernel_size[0]
+        window = cache.update_conv_state(xbc_B1C.transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
+        return causal_conv1d_step(window[..., -kernel:], self.conv1d.weight.squeeze(1), self.conv1d.bias)[:, None]
 
 
 class TopKRouter(nn.Module):
@@ -255,29 +159,22 @@ class TopKRouter(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer as two stacked parameters; tokens are sorted by expert, one product per expert."""
+    """All routed experts of a layer as two stacked parameters."""
 
     def __init__(self, config: OmniTextConfig):
         super().__init__()
+        self.config = config
         width = config.moe_latent_size or config.hidden_size
         self.num_experts = config.n_routed_experts
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, config.moe_intermediate_size, width))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, config.moe_intermediate_size))
 
     def forward(self, hidden_TD: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        per_token = experts_TK.shape[1]
-        order = experts_TK.flatten().argsort(stable=True)
-        tokens = order // per_token
-        counts = experts_TK.flatten().bincount(minlength=self.num_experts).tolist()
-        sorted_hidden = hidden_TD[tokens]
-        # `unbind` and not indexing: the gradient of an index is a zero-filled tensor of all experts for every expert
-        outputs = [
-            F.linear(relu2(F.linear(part, up)), down)
-            for part, up, down in zip(sorted_hidden.split(counts), self.up_proj.unbind(), self.down_proj.unbind())
-            if len(part)
-        ]
-        weighted = torch.cat(outputs) * weights_TK.flatten()[order, None].to(hidden_TD.dtype)
-        return torch.zeros_like(hidden_TD).index_add(0, tokens, weighted)
+        up, down = (
+            self.up_proj,
+            self.down_proj,
+        )  # read once: adapters and 4-bit weights are formed at each reading
+        return routed_experts(hidden_TD, experts_TK, weights_TK, up, down, self.config.kernels)
 
 
 class OmniMLP(nn.Module):
@@ -320,14 +217,19 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
 class OmniAttention(nn.Module):
-    """Grouped-query causal attention without any positional encoding."""
+    """Grouped-query causal attention without any positional encoding.
+
+    `attn_implementation` "sdpa" (the default) takes `kernels.causal_attention`; anything else goes to transformers.
+    """
 
     is_causal = True
 
@@ -348,18 +250,26 @@ class OmniAttention(nn.Module):
         hidden_BSD: torch.Tensor,
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        documents: list[list[int]] | None = None,
+        keys: int | None = None,
         context=None,
         **kwargs,
     ) -> torch.Tensor:
+        """attention_mask, documents: see `attention_inputs`; keys: how many of the cache's keys exist (None: all)."""
         query, key, value = (
             proj(hidden_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+            if keys is not None:
+                key, value = key[:, :, :keys], value[:, :, :keys]
         dropout = self.config.attention_dropout if self.training else 0.0
         if context is not None:
             return self.o_proj(context.attend(query, key, value, self.head_dim**-0.5, dropout).flatten(2))
+        if self.config._attn_implementation == "sdpa":
+            output = causal_attention(query, key, value, attention_mask, dropout, documents, self.config.kernels)
+            return self.o_proj(output.flatten(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, _ = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
@@ -384,16 +294,80 @@ class OmniBlock(GradientCheckpointingLayer):
         else:
             self.mixer = OmniMLP(config, config.intermediate_size)
 
-    def forward(self, hidden, cache=None, padding_mask=None, attention_mask=None, seq_idx=None, context=None, **kwargs):
+    def forward(self, hidden, cache=None, padding_mask=None, seq_idx=None, context=None, attention=None, **kwargs):
         residual = hidden.float() if self.residual_in_fp32 else hidden
         hidden = self.norm(hidden.to(self.norm.weight.dtype))
         if self.kind == "M":
             hidden = self.mixer(hidden, cache, padding_mask, seq_idx, context)
         elif self.kind == "*":
-            hidden = self.mixer(hidden, cache, attention_mask, context, **kwargs)
+            hidden = self.mixer(hidden, cache, context=context, **(attention or {}), **kwargs)
         else:
             hidden = self.mixer(hidden)
         return residual + hidden
+
+
+def attention_inputs(config, inputs_embeds, attention_mask, cache, position_ids, seq_idx) -> dict:
+    """What the attention layers must know of padding, packing and the cache; no mask [S, L] where none is needed.
+
+    Returns:
+        attention_mask: as `create_causal_mask` makes it, or None: causal, and whatever `documents` say.
+        documents: the lengths of what may only see itself, row by row: packed documents, and runs of padding.
+        keys: how many keys of a preallocated cache exist after this call; None for all.
+    """
+    past = 0
+    plain = config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
+    # transformers reads packing off positions that start anew, where nothing else tells
+    plain = plain and not (position_ids is not None and attention_mask is None and cache is None)
+    plain = plain and (attention_mask is None or attention_mask.dim() == 2)
+    if plain:
+        past = 0 if cache is None else int(cache.get_seq_length())  # a static cache returns a live counter
+        numbers = seq_idx
+        if attention_mask is not None and not bool(attention_mask.all()):
+            tokens = attention_mask.bool()
+            starts = tokens[:, :1].sum(1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
+            plain = past == 0 and inputs_embeds.shape[1] > 1 and bool((starts <= 1).all())
+            numbers = tokens.long() - 1 if seq_idx is None else seq_idx.masked_fill(~tokens, -1)
+    if plain:
+        documents = None
+        if numbers is not None:
+            documents = [row.unique_consecutive(return_counts=True)[1].tolist() for row in numbers.cpu()]
+        preallocated = cache is not None and cache.get_max_length() != -1
+        return {"documents": documents, "keys": past + inputs_embeds.shape[1] if preallocated else None}
+
+    same_document = None
+    if seq_idx is not None:
+
+        def same_document(batch, head, query, key):
+            return seq_idx[batch, query] == seq_idx[batch, key]
+
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        position_ids=position_ids,
+        and_mask_function=same_document,
+    )
+    return {"attention_mask": mask}
+
+
+def decode_masks(attention_mask: torch.Tensor | None, batch: int, cache: Cache, device) -> dict:
+    """The masks of one decoding step over a preallocated cache, of fixed shapes, so that compiled code fits every step.
+
+    Args:
+        attention_mask: [B, past + 1], 0 on padding; None means no padding.
+
+    Returns:
+        "full_attention": bool [B, 1, 1, L], True on the keys to read; "linear_attention": None, a new token is never
+        padding. Accepted by `OmniLanguageModel.forward` as its `attention_mask`.
+    """
+    length = cache.get_max_length()
+    if length == -1:  # no attention layer
+        return {"full_attention": None, "linear_attention": None}
+    seen = torch.arange(length, device=device) <= cache.get_seq_length()
+    if attention_mask is not None:
+        seen = seen & F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))
+    return {"full_attention": seen.expand(batch, length)[:, None, None], "linear_attention": None}
 
 
 class OmniLanguageModel(nn.Module):
@@ -436,28 +410,18 @@ class OmniLanguageModel(nn.Module):
                 "packed rows (seq_idx) need attn_implementation 'sdpa' or 'eager'; flash would mix documents"
             )
         hidden, length = inputs_embeds, inputs_embeds.shape[1]
-        causal_mask = None
-        if isinstance(attention_mask, dict):  # prepared by `generate` for a static cache
-            causal_mask, attention_mask = attention_mask["full_attention"], attention_mask["linear_attention"]
+        attention = {}
+        if isinstance(attention_mask, dict):  # prepared for compiled decoding, see `decode_masks`
+            attention = {"attention_mask": attention_mask["full_attention"]}
+            attention_mask = attention_mask["linear_attention"]
         padding_mask = None
         if attention_mask is not None and attention_mask.dim() == 2:
             padding_mask = attention_mask[:, -length:].bool()
-            if bool(padding_mask.all()):
+            if not torch.compiler.is_compiling() and bool(padding_mask.all()):
                 padding_mask = None
-        if "*" in self.config.hybrid_override_pattern and causal_mask is None and context is None:
-            same_document = None
-            if seq_idx is not None:
-
-                def same_document(batch, head, query, key):
-                    return seq_idx[batch, query] == seq_idx[batch, key]
-
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                and_mask_function=same_document,
+        if "*" in self.config.hybrid_override_pattern and not attention and context is None:
+            attention = attention_inputs(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, seq_idx
             )
         all_hidden = []
         for layer in self.layers:
@@ -467,9 +431,9 @@ class OmniLanguageModel(nn.Module):
                 hidden,
                 cache=past_key_values,
                 padding_mask=padding_mask,
-                attention_mask=causal_mask,
                 seq_idx=seq_idx,
                 context=context,
+                attention=attention,
                 **kwargs,
             )
         hidden = self.norm_f(hidden.to(self.norm_f.weight.dtype))

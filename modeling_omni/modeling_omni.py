@@ -11,7 +11,7 @@ Shape legend: B batch, S tokens, D hidden size, N media tokens, T tubelets, h, w
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -19,7 +19,7 @@ from .checkpoint import IGNORED_ON_LOAD, register_released_layout
 from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
 from .media import OmniInputError
 from .modeling_audio import OmniAudioModel, init_audio_weights
-from .modeling_language import OmniLanguageModel, OmniRMSNorm, init_language_weights, relu2
+from .modeling_language import OmniLanguageModel, OmniRMSNorm, decode_masks, init_language_weights, relu2
 from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
 from .token_reduction import ReducedCache, reduced_forward, reduction_cache
 from .video_processing_omni import kept_tokens
@@ -482,6 +482,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
     """The whole model with its head; loads and saves the released checkpoint layout."""
 
     min_loss_chunks = 0  # see `chunked_cross_entropy`
+    _decode_is_compiled = False  # in the `generate` that runs
 
     def __init__(self, config: OmniConfig):
         super().__init__(config)
@@ -598,8 +599,17 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         tokens are dropped while the prompt goes through the layers, those first that matter least to the question, so
         that a layer sees the share k of them in the mean (token_reduction.py; `visual_scoring` "query", "random" or
         "uniform"). Returns prompt and answer, [B', S + new].
+
+        `cache_implementation="static"` allocates the attention cache once, which pays for long contexts.
+        `compile_decode=True` does so and runs every token but the first through `torch.compile`: several times as fast,
+        after the minutes that compiling takes at the first call (and once more for a second length of the cache;
+        `max_cache_len` keeps it the same). Give a `compile_config` instead to choose the compiler's options.
         """
         keep, scoring = kwargs.pop("visual_keep", None), kwargs.pop("visual_scoring", "query")
+        if kwargs.pop("compile_decode", False):
+            compile_config = CompileConfig(mode="reduce-overhead" if self.device.type == "cuda" else "default")
+            compile_config._compile_all_devices = True  # transformers leaves CPUs out otherwise
+            kwargs |= {"cache_implementation": "static", "compile_config": compile_config}
         rate = kwargs.pop("video_pruning_rate", None)
         if rate and kwargs.get("pixel_values_videos") is not None and kwargs.get("video_keep_tokens") is None:
             inputs = kwargs.pop("input_ids") if inputs is None else inputs
@@ -615,6 +625,17 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
             kwargs["past_key_values"] = reduction_cache(self, keep, scoring, kwargs)
             kwargs["mm_token_type_ids"] = media["mm_token_type_ids"]
         return super().generate(inputs, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        self._decode_is_compiled = super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return self._decode_is_compiled
+
+    def create_masks_for_generate(self, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """What `generate` passes as `attention_mask` with a static cache: masks of fixed shape for compiled steps."""
+        fixed = self.config.llm_config._attn_implementation in ("sdpa", "eager")
+        if not (fixed and self._decode_is_compiled and inputs_embeds.shape[1] == 1):
+            return attention_mask
+        return decode_masks(attention_mask, len(inputs_embeds), past_key_values, inputs_embeds.device)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         # transformers would split the ids, but media live in the embeddings: the split is done in OmniModel.forward

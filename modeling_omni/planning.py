@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from . import ssd
 from .configuration_omni import OmniConfig, resolve_checkpoint
-from .modeling_language import SCAN_CHUNK
 from .modeling_omni import LOSS_CHUNK, OmniForConditionalGeneration
 from .packing import LONG_ROW
 
@@ -37,7 +37,8 @@ GIB = 2**30
 PARTS = ("vision", "audio", "vision_projector", "audio_projector", "language")
 LANGUAGE_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}  # blocks that `recompute` can name singly
 # Memory at the height of a block's backward pass over what its forward pass saves; measured within a quarter of these.
-PEAK = {"M": 1.25, "E": 1.25, "*": 2.0, "-": 2.0, "vision": 1.4, "audio": 1.6, "subsampling": 1.2, "projector": 2.0}
+PEAK = {"M": 1.7, "E": 1.7, "*": 1.4, "-": 2.1, "vision": 1.4, "audio": 1.6, "subsampling": 1.2, "projector": 1.6}
+SCAN_BUFFERS = 10  # of the largest size that the scan's backward pass holds at a time, whatever the row's length
 LOGIT_BYTES = 12.5  # per logit of one chunk of the loss, forward and backward; 12.1 measured
 CUDA_AND_NCCL = 2 * GIB  # context, kernels and communication buffers of a GPU; an estimate
 ZERO_BUFFERS = 1 * GIB  # reduce and prefetch buckets, a sub-group in float32 (sizes in distributed.py); an estimate
@@ -94,39 +95,38 @@ def largest_layer(config: OmniConfig, expert_parallel: int = 1) -> int:
     return max(experts // expert_parallel, llm.vocab_size * llm.hidden_size)
 
 
-def block_bytes(config: OmniConfig, kind: str, b: int, keys: int = 0) -> float:
+def block_bytes(config: OmniConfig, kind: str, b: int) -> float:
     """Bytes that autograd saves in one block, per token of it (a patch in the vision tower; audio tokens are 80 ms).
 
     Args:
         kind: a letter of `hybrid_override_pattern`, "vision", "audio", "subsampling" (8 mel frames per token),
             "vision_projector" or "audio_projector".
         b: bytes of a value in the dtype of weights and residual stream, 2 or 4.
-        keys: length of the row, for the additive mask that packed rows need in attention; 0 without a mask.
     """
     llm, vision, audio = config.llm_config, config.vision_config, config.sound_config
     D = llm.hidden_size
-    norm = (8 + b) * D + 8  # two float32 tensors of the RMSNorm and its output
+    norm = 2 * b * D  # input and output
     if kind == "M":
-        inner, C = llm.mamba_intermediate_size, llm.mamba_conv_size
-        H, GN, Q = llm.mamba_num_heads, llm.n_groups * llm.ssm_state_size, min(llm.chunk_size, SCAN_CHUNK)
-        scan = H * (2 * Q + 2 * llm.ssm_state_size + 5) + llm.n_groups * Q + inner * llm.ssm_state_size / Q
-        values = scan + 10 * inner + 2 * GN  # float32
-        if b == 4:  # `.float()` then copies nothing, but the whole output of in_proj stays for the gate
-            values += -2 * inner + C + (C + H) - 2 * GN
-        convolution = b * C * (2 + llm.conv_kernel - 1)  # padded input, sum, and one copy per tap that looks back
-        return norm + 4 * values + convolution + b * inner
+        inner, C, N = llm.mamba_intermediate_size, llm.mamba_conv_size, llm.ssm_state_size
+        H, P = llm.mamba_num_heads, llm.mamba_head_dim
+        elements = ssd.SCAN_ELEMENTS * ssd.TRAINING_FACTOR
+        run = ssd.SCAN_CHUNK * ssd.chunks_at_once(
+            1, H, max(ssd.SCAN_CHUNK**2, P * N), elements
+        )  # a state is kept of each
+        projected = b * (inner + C + H) + 12 * H  # in_proj's output; dt before and after softplus and clamp, float32
+        return norm + projected + b * C + 4 * inner * N / run + 4 * inner + b * inner
     if kind == "E":
         width, K = llm.moe_latent_size or D, llm.num_experts_per_tok
         latent = b * 2 * width if llm.moe_latent_size else 0
-        experts = K * (3 * width + 2 * llm.moe_intermediate_size) * b + (28 + b) * K
-        shared = 2 * llm.moe_shared_expert_intermediate_size * llm.n_shared_experts * b
+        experts = (28 + b) * K + 4
+        shared = llm.moe_shared_expert_intermediate_size * llm.n_shared_experts * b
         router = 4 * llm.n_routed_experts + (4 * D if b == 2 else 0)
         return norm + experts + shared + router + latent
-    if kind == "*":
-        heads = 2 * llm.num_attention_heads + 2 * llm.num_key_value_heads
-        return norm + heads * llm.head_dim * b + 4 * llm.num_attention_heads + b * keys
+    if kind == "*":  # every packed document's output, and all of them together
+        heads = 3 * llm.num_attention_heads + 2 * llm.num_key_value_heads
+        return norm + heads * llm.head_dim * b + 4 * llm.num_attention_heads
     if kind == "-":
-        return norm + 2 * llm.intermediate_size * b
+        return norm + llm.intermediate_size * b
     if kind == "vision":
         width = 8 * vision.hidden_size + 2 * vision.intermediate_size
         return b * width + 4 * vision.num_attention_heads + 4 * b
@@ -139,7 +139,13 @@ def block_bytes(config: OmniConfig, kind: str, b: int, keys: int = 0) -> float:
         width, inner = vision.hidden_size * config.merge_size**2, config.projector_hidden_size
     else:
         width, inner = audio.hidden_size, audio.projection_hidden_size
-    return (8 + b) * width + 2 * inner * b + 8
+    return 2 * width * b + inner * b
+
+
+def sorted_row_bytes(config: OmniConfig, kind: str, b: int) -> float:
+    """Bytes per token of a block's backward pass that PEAK does not tell: experts' rows and their gradients, sorted."""
+    llm = config.llm_config
+    return 2 * llm.num_experts_per_tok * (llm.moe_latent_size or llm.hidden_size) * b if kind == "E" else 0
 
 
 def activation_phases(
@@ -164,15 +170,15 @@ def activation_phases(
         """blocks: (kind of block, number, tokens of it); inputs: bytes of a block's input, per token."""
         kept = peak = 0.0
         for kind, number, count in blocks:
-            saved = block_bytes(config, kind, b, mask_keys)
+            saved = block_bytes(config, kind, b)
             factor = PEAK.get(kind, PEAK["projector"])
             again = name in recomputed or LANGUAGE_KINDS.get(kind) in recomputed
             kept += number * count * (inputs if again else saved)
-            peak = max(peak, min(count, at_once) * saved * (factor if again else factor - 1))
+            more = saved * (factor if again else factor - 1) + sorted_row_bytes(config, kind, b)
+            fixed = 4 * SCAN_BUFFERS * ssd.SCAN_ELEMENTS * ssd.TRAINING_FACTOR if kind == "M" else 0
+            peak = max(peak, min(count, at_once) * more + fixed)
         return name, kept, peak
 
-    # Packed rows have a mask [S, S] of booleans, and SDPA an additive copy; context parallelism goes without both.
-    mask_keys = args.row_tokens if context_parallel == 1 and "*" in pattern else 0
     towers = []
     for name, blocks, inputs, at_once in (
         ("vision", [("vision", vision.num_hidden_layers, patches)], b * vision.hidden_size, 128 * 1024),
@@ -198,9 +204,9 @@ def activation_phases(
     if trained - {"head"}:
         blocks = [(kind, pattern.count(kind), tokens) for kind in sorted(set(pattern))]
         name, kept, peak = part("language", blocks, b * D, recompute)
-        kept += tokens * (mask_keys + 4 * b * D)  # mask; embeddings before and after each modality is put in
+        kept += tokens * 4 * b * D  # embeddings before and after each modality is put in
         phases.append((name, kept, peak))
-    loss = tokens * ((8 + 2 * b) * D + 8) + min(tokens, LOSS_CHUNK) * llm.vocab_size * LOGIT_BYTES
+    loss = tokens * 3 * b * D + min(tokens, LOSS_CHUNK) * llm.vocab_size * LOGIT_BYTES
     return [*phases, ("loss", 0.0, loss)]
 
 

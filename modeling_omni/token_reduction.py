@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .media import OmniInputError
+from .modeling_language import attention_inputs
 
 TEXT, IMAGE, VIDEO = 0, 1, 2  # values of mm_token_type_ids
 SCORINGS = ("query", "random", "uniform")
@@ -230,8 +230,7 @@ def _decode(language_model, inputs_embeds, attention_mask, cache, kwargs) -> Bas
 def layer_attention(config, cache: ReducedCache, number: int, hidden: torch.Tensor, valid: torch.Tensor | None) -> dict:
     """What one attention layer must know of padding and of its own cache's length, as arguments of its block."""
     own = Cache(layers=[cache.layers[number]])
-    mask = create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=valid, past_key_values=own)
-    return {"attention_mask": mask}
+    return {"attention": attention_inputs(config, hidden, valid, own, None, None)}
 
 
 # ---- what asks, and what stays ----

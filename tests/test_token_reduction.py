@@ -100,7 +100,7 @@ def without_cache(model, embeds_SD, positions, answer):
         kept = torch.cat([kept[kept >= 0], torch.arange(len(embeds_SD), len(embeds_SD) + len(answer))])
         hidden, places = hidden[torch.isin(places, kept)], kept
         causal = torch.full((len(kept), len(kept)), -torch.inf).triu(1)
-        hidden = layer(hidden[None], attention_mask=causal)[0]
+        hidden = layer(hidden[None], attention={"attention_mask": causal[None, None]})[0]
     return model.lm_head(language.norm_f(hidden))[-len(answer) - 1 : -1]
 
 
@@ -300,5 +300,5 @@ def test_reduction_table_on_nano():
     assert [row["right"] for row in rows[:2]] == [row["right"] for row in heldout_table(model, processor, skills, 4)]
     assert rows[0]["right"] >= 3  # the plain path answers; what the others cost is not for a test of four samples
     lines = reduction_markdown(rows).splitlines()
-    assert lines[0] == "| skill | all 1 | query 0.5 | random 0.5 | uniform 0.5 | evs 0.5 |" and len(lines) == 5
-    assert lines[2].endswith("|  |") and lines[4].startswith("| mean |")
+    assert lines[0] == "| skill | all 1 | query 0.5 | random 0.5 | uniform 0.5 | evs 0.5 |" and len(lines) == 6
+    assert lines[2].endswith("|  |") and lines[4].startswith("| mean of image |") and lines[4].endswith("|  |")
