@@ -204,7 +204,7 @@ def activation_phases(
     if trained - {"head"}:
         blocks = [(kind, pattern.count(kind), tokens) for kind in sorted(set(pattern))]
         name, kept, peak = part("language", blocks, b * D, recompute)
-        kept += tokens * 4 * b * D  # embeddings before and after each modality is put in
+        kept += tokens * 2 * b * D  # input and output of the last norm
         phases.append((name, kept, peak))
     loss = tokens * 3 * b * D + min(tokens, LOSS_CHUNK) * llm.vocab_size * LOGIT_BYTES
     return [*phases, ("loss", 0.0, loss)]

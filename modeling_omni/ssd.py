@@ -253,7 +253,7 @@ def _scan_backward(x, dt, A, B, C, D, seq_idx, fronts, dy, dlast, chunk, element
     the decays from the start and to the end (`from_start`, `to_end`) and dS' the gradient of the outgoing state:
         y_i = sum_j (C_i.B_j) L_ij u_j + e_i S C_i       S' = kept S + sum_j m_j u_j B_j^T
         du_j = sum_i (C_i.B_j) L_ij dy_i + m_j dS' B_j   d(C_i.B_j) = sum over heads of L_ij dy_i.u_j
-        dl_i = dy_i.y_i - u_i.du_i, and at the last token + dS'.S', since every decay is a quotient of two exp(l).
+        dl: every decay is exp of a difference of two l, so each dL_ij L_ij is added to dl_i and taken from dl_j.
     """
     batch, length, heads, size = x.shape
     groups = B.shape[2]
@@ -280,18 +280,22 @@ def _scan_backward(x, dt, A, B, C, D, seq_idx, fronts, dy, dlast, chunk, element
         dinputs = (decay * CB).transpose(-1, -2) @ grad
         dmixing = (grad @ inputs.transpose(-1, -2)).mul_(decay)
         dCB = dmixing.sum(3).mul_(run.allowed)
-        dtotal = dmixing.mul_(CB).sum(-1)  # [c, B, G, R, Q]: dy.y, first of what came from the chunk
+        # [c, B, G, R, Q]: first of decays inside the chunk. A token's decay to itself is 1: left out, not cancelled
+        dmixing.mul_(CB).diagonal(dim1=-2, dim2=-1).zero_()
+        dtotal = dmixing.sum(-1).sub_(dmixing.sum(-2))
         del decay, dmixing
-        # ... then of what came from the state
+        # ... then of those from the incoming state and to the outgoing one
         from_state = (run.C @ incoming).mul_(weighted_grad).unflatten(-1, (-1, size)).sum(-1).transpose(3, 4)
         to_state = (run.B @ outgoing).unflatten(-1, (-1, size)).transpose(3, 4)
         to_state = to_state * run.to_end[..., None]
-        through_state = (to_state * inputs).sum((-1, -2))
+        per_token = (to_state * inputs).sum(-1)
+        per_token[..., -1] = 0
+        through_state = per_token.sum(-1)
         through_state += (incoming * outgoing).unflatten(-1, (-1, size)).sum((3, 5)) * run.kept
         dinputs += to_state
         per_dt = (dinputs * run.x).sum(-1)
         dtotal += from_state
-        dtotal -= run.dt * per_dt
+        dtotal -= per_token
         dtotal[..., -1] += through_state
         dlog = dtotal.flip(-1).cumsum(-1).flip(-1)  # a token's log decay is part of all later totals of the chunk
 
