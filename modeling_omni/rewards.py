@@ -433,8 +433,7 @@ def format_reward(prediction: str, gold: str, prompt_opened_think: bool = True, 
         args: of the verifier.
     """
     name, found, answer = gold.partition(":")
-    name = verifier_name(name)
-    if not found or name == "format":
+    if not found or (name := verifier_name(name)) == "format":
         return 0.0
     if name == "tool_call":
         return tool_call(prediction, answer, prompt_opened_think, **args)
@@ -457,6 +456,21 @@ def format_reward(prediction: str, gold: str, prompt_opened_think: bool = True, 
         accuracy = sum(graded) / max(1, len(contents))
         extra, one = extra + max(0, len(contents) + dangling - 1), len(contents) == 1 and not dangling
     return (1 - FORMAT_WEIGHT) * accuracy * EXTRA_FACTOR**extra + FORMAT_WEIGHT * (blocks == 1 and one)
+
+
+def answer_of(completion: str, verifier: str, prompt_opened_think: bool = True) -> str:
+    """What of a whole completion `score(verifier, ...)` grades: the first box; of clicks, speech and calls the text.
+
+    "" where thinking never ends or no box is there. For pass rates and evaluation, where format does not count.
+    """
+    thinking = split_thinking(completion, prompt_opened_think) if len(completion) <= MAX_CHARS else None
+    if thinking is None:
+        return ""
+    text = without_end_marks(thinking[0])
+    if verifier_name(verifier) in ("gui_coordinate", "tool_call"):
+        return text
+    contents = boxes(text)[0]
+    return contents[0] if contents else text if verifier_name(verifier) == "asr_wer" else ""
 
 
 # ---------------------------------------------------------------------------------------------------- entry
@@ -531,4 +545,4 @@ def check_gold(verifier: str, gold, **args) -> None:
         raise OmniInputError(f"no prediction can score 1 with {name} and the gold answer {str(gold)[:80]!r}")
 
 
-__all__ = ["VERIFIERS", "check_gold", "is_abstention", "parse_tool_calls", "score"]
+__all__ = ["VERIFIERS", "answer_of", "check_gold", "is_abstention", "parse_tool_calls", "score"]

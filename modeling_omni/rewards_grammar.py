@@ -315,7 +315,7 @@ class Parser:
             return value in ("(", "[", "{") or (value == "|" and not self.bars)
         if kind == "letters":
             return value.lower() not in ("and", "or", "u")
-        return kind == "command" and value not in ("cup", "in", "pm", "mp", "end", "degree")
+        return kind == "command" and value not in ("cup", "in", "pm", "mp", "end", "degree", "rfloor", "rceil")
 
     def factor(self):
         base = self.primary()

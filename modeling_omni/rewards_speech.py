@@ -125,6 +125,12 @@ def normalise_speech(text: str, lang: str | None = None) -> list[str]:
     return [american(word) for word in words] if kind == "english" else words
 
 
+@lru_cache(1024)
+def gold_words(gold: str, lang: str) -> tuple[str, ...]:
+    """A gold transcript's words; the rollouts of a prompt share them."""
+    return tuple(normalise_speech(gold, lang))
+
+
 def asr_wer(prediction: str, gold: str, lang: str | None = None) -> float:
     """1 - WER after normalisation, not below 0; character errors for languages without spaces.
 
@@ -135,7 +141,7 @@ def asr_wer(prediction: str, gold: str, lang: str | None = None) -> float:
         return 0.0
     if not lang and len(UNSPACED_LETTERS.findall(gold)) * 2 > len("".join(gold.split())):
         lang = "zh"
-    wanted, words = normalise_speech(gold, lang or "en"), normalise_speech(prediction, lang or "en")
+    wanted, words = gold_words(gold, lang or "en"), normalise_speech(prediction, lang or "en")
     if not wanted:
         return float(not words)
     if not words or len(words) >= 2 * len(wanted):
