@@ -21,7 +21,7 @@ from .rewards_math import math_equal
 from .rewards_speech import asr_wer
 
 MAX_CHARS = 1_000_000  # of a prediction; longer ones score 0
-MAX_ANSWER_CHARS = 200_000  # of an answer compared as text
+MAX_ANSWER_CHARS = 100_000  # of an answer compared as text
 FORMAT_WEIGHT = 0.1
 EXTRA_FACTOR = 0.9  # accuracy is multiplied by it for every extra thinking tag, box or point
 GRADED_BOXES = 5

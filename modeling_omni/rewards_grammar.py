@@ -96,7 +96,7 @@ SPACING = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|,|;|:|!
 ACCENTS = set("vec hat mathbf mathit mathbb mathcal mathsf bm boldsymbol operatorname mathrm".split())
 OPERATORS = """
 cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne != neq != approx = colon :
-lbrace \\{ rbrace \\} vert | lvert | rvert | mid | lbrack [ rbrack ] newrow newrow
+lbrace \\{ rbrace \\} vert | lvert | rvert | mid | lbrack [ rbrack ] langle ( rangle ) newrow newrow
 """.split()
 OPERATORS = dict(zip(OPERATORS[::2], OPERATORS[1::2]))
 TOKEN = re.compile(
@@ -185,7 +185,7 @@ def clean(text: str) -> str:
         .replace("\\(", "")
         .replace("\\)", "")
     )
-    text = re.sub(r"(?<=[0-9])\\[,! ](?=[0-9])", "", text.replace("\\!", ""))
+    text = re.sub(r"(?<=[0-9])\\[,! ](?=[0-9]{3}(?![0-9]))", "", text.replace("\\!", ""))
     text = SPACING.sub(" ", text).replace("\\ ", " ").replace("\\[", "").replace("\\]", "")
     text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text)
     text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\\degree\b", r"\\degree ", text)

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from .rewards_grammar import visible
 
-MAX_CHARS = 200_000  # of a transcript
+MAX_CHARS = 100_000  # of a transcript
 
 UNSPACED = {
     "zh",
