@@ -1,0 +1,548 @@
+"""Verifiers: rule-based rewards in [0, 1] for reinforcement learning and evaluation (paper section 3.2).
+
+`score(verifier, prediction, gold, **args)` is the one entry; every verifier is a plain function. Sections 3.2.3 and
+3.2.4 name string-match, mathruler, multiple-choice, gui-coordinate and ASR, and a format score; their formulas follow
+NVIDIA's public code (`0.9 * accuracy + 0.1 * format`, `(1 - d / 0.15)^2`, 0.9 per extra block or box), its
+mistakes do not. Tool calls are binary as in Nemotron-Research-Tool-N1; abstention serves unanswerable prompts.
+
+A prediction is what a policy wrote and may be anything: every verifier takes time linear in its length (or bounded),
+never raises because of it, needs no clock, signal or process, and may run in any thread. A gold answer is data:
+`check_gold` says what is wrong with it when the data is read; scored nevertheless, it gives 0.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from .media_source import OmniInputError
+from .rewards_grammar import plain_form, unwrap, visible
+from .rewards_math import math_equal
+from .rewards_speech import asr_wer
+
+MAX_CHARS = 1_000_000  # of a prediction; longer ones score 0
+MAX_ANSWER_CHARS = 100_000  # of an answer compared as text
+FORMAT_WEIGHT = 0.1
+EXTRA_FACTOR = 0.9  # accuracy is multiplied by it for every extra thinking tag, box or point
+GRADED_BOXES = 5
+MAX_CLICK_DISTANCE = 0.15  # in units of the picture's sides
+END_MARKS = ("<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "</s>", "<unk>", "<pad>")
+
+# ---------------------------------------------------------------------------------------------------- string match
+
+NUMBER = re.compile(
+    r"(?P<sign>[+-]?)(?P<currency>[$€£¥]?)(?P<late>[+-]?)"
+    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.(?P<decimals>[0-9]*))?"
+    r"(?:e(?P<power>[+-]?[0-9]{1,3}))? ?(?P<percent>%?)"
+)
+STATES = """
+AL Alabama|AK Alaska|AZ Arizona|AR Arkansas|CA California|CO Colorado|CT Connecticut|DE Delaware|FL Florida|GA Georgia|
+HI Hawaii|ID Idaho|IL Illinois|IN Indiana|IA Iowa|KS Kansas|KY Kentucky|LA Louisiana|ME Maine|MD Maryland|
+MA Massachusetts|MI Michigan|MN Minnesota|MS Mississippi|MO Missouri|MT Montana|NE Nebraska|NV Nevada|NH New Hampshire|
+NJ New Jersey|NM New Mexico|NY New York|NC North Carolina|ND North Dakota|OH Ohio|OK Oklahoma|OR Oregon|PA Pennsylvania|
+RI Rhode Island|SC South Carolina|SD South Dakota|TN Tennessee|TX Texas|UT Utah|VT Vermont|VA Virginia|WA Washington|
+WV West Virginia|WI Wisconsin|WY Wyoming|DC District of Columbia
+"""
+STATE_NAMES = dict(row.split(" ", 1) for row in STATES.casefold().replace("\n", "").split("|"))
+
+
+def plain_number(text: str) -> tuple[Fraction, str] | None:
+    """A plain form -> (exact value, currency or percent sign); None where it is not one number."""
+    match = NUMBER.fullmatch(text) if len(text) <= 200 else None
+    if match is None or not (match["whole"] or match["decimals"]) or (match["sign"] and match["late"]):
+        return None
+    digits = (match["whole"] or "0").replace(",", "") + "." + (match["decimals"] or "0")
+    value = Fraction(digits) * Fraction(10) ** int(match["power"] or 0)
+    negative = "-" in (match["sign"], match["late"])
+    return -value if negative else value, match["currency"] or match["percent"]
+
+
+def same_text(a: str, b: str, rel_tol: Fraction = Fraction(0)) -> bool:
+    """Whether two plain forms are equal as text or as numbers. A missing % or currency sign is no difference."""
+    if a == b:
+        return bool(a)
+    one, two = plain_number(a), plain_number(b)
+    if one is None or two is None or (one[1] and two[1] and one[1] != two[1]):
+        return False
+    return abs(one[0] - two[0]) <= rel_tol * abs(two[0])
+
+
+def text_items(text: str) -> list[str]:
+    """The items of "red, green, and blue"; a text without separators is one item."""
+    return [item for item in re.split(r" ?, ?and | ?[,;] ?| and | & ", text) if item]
+
+
+def string_match(prediction: str, gold: str, rel_tol: float = 0.0) -> float:
+    """1 if the answers are the same text, number, list (in this order) or US state; else 0.
+
+    Case, width, invisible characters, LaTeX and Markdown wrappers, outer quotes and final punctuation do not count.
+
+    Args:
+        rel_tol: share of the gold number by which a number may be off (ChartQA: 0.05; not for years).
+    """
+    if max(len(prediction), len(gold)) > MAX_ANSWER_CHARS:
+        return 0.0
+    answer, wanted = plain_form(prediction), plain_form(gold)
+    if not answer or not wanted:
+        return 0.0
+    if same_text(answer, wanted, Fraction(str(rel_tol))):
+        return 1.0
+    if STATE_NAMES.get(answer, answer) == STATE_NAMES.get(wanted, wanted):
+        return 1.0
+    items, wanted_items = text_items(answer), text_items(wanted)
+    if len(items) != len(wanted_items) or len(items) < 2:
+        return 0.0
+    return float(all(same_text(a, b) for a, b in zip(items, wanted_items)))
+
+
+def math(prediction: str, gold: str) -> float:
+    """1 if the answers are mathematically the same, else 0 (`rewards_math`)."""
+    return float(math_equal(prediction, gold))
+
+
+# ---------------------------------------------------------------------------------------------------- choices
+
+LABEL = re.compile(
+    r"(?:the )?(?:(?:final|correct|best|right) )?(?:answer|option|choice)(?: is)?\s{0,3}[:=]?\s{0,3}", re.I
+)
+AROUND = " \t\n.,:;!?*`\"'$()[]{}<>_"
+
+
+def chosen_letters(text: str, options: dict[str, str], several: bool = False) -> str:
+    """The option letters an answer commits to, sorted, upper case; "" where it names none, or more than asked for."""
+    if len(text) > 10_000:
+        return ""
+    text = unwrap(visible(text)).strip(AROUND[:3] + "$*`")
+    text = text[match.end() :] if (match := LABEL.match(text)) else text
+    core = text.strip(AROUND)
+    if re.fullmatch(r"[A-Za-z]", core) and (not options or core.upper() in options):
+        return core.upper()
+    form = plain_form(text)
+    matching = [letter for letter, option in options.items() if plain_form(option) == form]
+    if form and len(matching) == 1:
+        return matching[0]
+    labelled = re.match(r"[(\[<]?([A-Za-z])([\s).:\]>,;=(-]+)(.+)", text, re.DOTALL)
+    if labelled and labelled[1].upper() in options:
+        rest = plain_form(labelled[3].strip(" )"))
+        if rest and rest == plain_form(options[labelled[1].upper()]):
+            return labelled[1].upper()
+    if labelled and not options and re.fullmatch(r"\)|\]|[).\]]?[.:]?\s|[):]\s?", labelled[2]):
+        # without the options' texts a label must look like one, and no other letter may stand behind it
+        words = re.findall(r"[^\W\d_]+", labelled[3])
+        if any(len(word) > 1 for word in words) and not any(len(w) == 1 and w.isupper() for w in words):
+            return labelled[1].upper() if labelled[2].strip() else ""
+    if several:
+        letters = re.findall(r"[A-Za-z]", core)
+        if re.fullmatch(
+            r"[A-Z]{2,10}|\(?[A-Za-z]\)?(?:(?:\s?[,/&;]\s?(?:and )?|\s(?:and\s)?)\(?[A-Za-z]\)?){1,9}", core
+        ):
+            letters = [letter.upper() for letter in re.findall(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", core)] or letters
+            if len(set(letters)) == len(letters):
+                return "".join(sorted(letters))
+    return ""
+
+
+def multiple_choice(prediction: str, gold: str, options: dict[str, str] | list[str] | None = None) -> float:
+    """1 if the prediction commits to the gold letter (or, with options, to its text) and to nothing else; else 0.
+
+    Args:
+        gold: a letter in any dress ("B", "(b)", "B."), several ("A, C"), or the text of an option.
+        options: texts by letter, or in order of the letters.
+    """
+    options = options_of(options)
+    wanted = chosen_letters(gold, options, several=True)
+    if not wanted or any(options and letter not in options for letter in wanted):
+        return 0.0
+    return float(chosen_letters(prediction, options, several=len(wanted) > 1) == wanted)
+
+
+def options_of(options) -> dict[str, str]:
+    """Options as texts by upper-case letter."""
+    if not options:
+        return {}
+    if isinstance(options, dict):
+        return {str(letter).strip(AROUND).upper(): str(text) for letter, text in options.items()}
+    return {chr(ord("A") + i): str(text) for i, text in enumerate(options)}
+
+
+# ---------------------------------------------------------------------------------------------------- coordinates
+
+PAIR = r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?) ?, ?(-?[0-9]{1,30}(?:\.[0-9]{1,30})?)"
+POINT = re.compile(rf" ?(?:\[ ?\( ?{PAIR} ?\) ?\]|\( ?{PAIR} ?\)|\[ ?{PAIR} ?\]|{PAIR}) ?")
+
+
+def first_point(text: str) -> tuple[tuple[float, float] | None, int]:
+    """(the first `<point>`'s x and y in thousandths, or None; how many further points were begun or ended)."""
+    extra = max(text.count("<point>"), text.count("</point>")) - 1
+    start = text.find("<point>")
+    end = text.find("</point>", start)
+    if start < 0 or end < 0 or end - start > 500:
+        return None, max(extra, 0)
+    match = POINT.fullmatch(" ".join(visible(text[start + 7 : end]).split()))
+    if match is None:
+        return None, extra
+    x, y = (float(number) for number in match.groups() if number is not None)
+    return ((x, y) if 0 <= x <= 1000 and 0 <= y <= 1000 else None), extra
+
+
+def click_score(text: str, gold, max_dist: float = MAX_CLICK_DISTANCE) -> tuple[float, int]:
+    """(score of the first point alone, number of extra points); a point outside the picture scores 0."""
+    point, extra = first_point(text)
+    target = point_of(gold)
+    if point is None or target is None or not max_dist > 0:
+        return 0.0, extra
+    distance = ((point[0] / 1000 - target[0]) ** 2 + (point[1] / 1000 - target[1]) ** 2) ** 0.5
+    return max(0.0, 1 - distance / max_dist) ** 2, extra
+
+
+def gui_coordinate(prediction: str, gold, max_dist: float = MAX_CLICK_DISTANCE) -> float:
+    """(1 - d / max_dist)^2 of the first `<point>[(x, y)]</point>`, times 0.9 for every further point.
+
+    Args:
+        prediction: x and y in thousandths of the picture's width and height.
+        gold: "x,y" (or a pair) as shares of width and height.
+        max_dist: Euclidean distance, in the gold's units, from which on the score is 0.
+    """
+    score, extra = click_score(prediction, gold, max_dist)
+    return score * EXTRA_FACTOR**extra
+
+
+def point_of(gold) -> tuple[float, float] | None:
+    """ "x,y" or a pair of numbers in [0, 1], else None."""
+    try:
+        x, y = (float(part) for part in (gold.strip().strip("()[]").split(",") if isinstance(gold, str) else gold))
+    except (TypeError, ValueError):
+        return None
+    return (x, y) if 0 <= x <= 1 and 0 <= y <= 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------- tool calls
+
+
+def unique_keys(pairs: list) -> dict:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def read_json(text: str):
+    return json.loads(text, object_pairs_hook=unique_keys)
+
+
+def call_of(entry) -> tuple[str, dict]:
+    """A call as JSON, {"name", "arguments"} or {"function": {...}}, -> (name, arguments). Raises ValueError."""
+    entry = entry.get("function", entry) if isinstance(entry, dict) else None
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
+        raise ValueError("a call needs a name")
+    arguments = entry.get("arguments", entry.get("parameters", {}))
+    arguments = read_json(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
+    if not isinstance(arguments, dict):
+        raise ValueError("arguments must be an object")
+    return entry["name"], arguments
+
+
+def parse_tool_calls(text: str) -> list[tuple[str, dict, bool]]:
+    """An assistant's answer -> [(name, arguments, typed)].
+
+    Typed arguments are JSON, others the strings of `<parameter=...>`. Both `<function=name><parameter=p>...` (as the
+    chat template has it) and JSON inside `<tool_call>` are read. Text may stand before the calls, nothing behind them.
+
+    Raises:
+        ValueError: anything about the structure that is not as it must be.
+    """
+    calls = []
+    if text.count("</tool_call>") != text.count("<tool_call>"):
+        raise ValueError("calls are not closed")
+    for piece in text.split("<tool_call>")[1:]:
+        body, closed, behind = piece.partition("</tool_call>")
+        body = body.strip()
+        if not closed or behind.strip():
+            raise ValueError("text behind a call")
+        if body.startswith("{"):
+            calls.append((*call_of(read_json(body)), True))
+            continue
+        head, found, rest = body.partition(">")
+        if not found or not head.startswith("<function=") or not rest.endswith("</function>"):
+            raise ValueError("no function inside a call")
+        name, rest, arguments = head.removeprefix("<function=").strip(), rest.removesuffix("</function>"), {}
+        *parameters, tail = rest.split("</parameter>")
+        for parameter in parameters:
+            key, found, value = parameter.lstrip().partition(">")
+            if not found or not key.startswith("<parameter=") or key in arguments:
+                raise ValueError("a parameter without name, or twice")
+            arguments[key] = value.removeprefix("\n").removesuffix("\n")
+        if not name or tail.strip():
+            raise ValueError("a call without name, or with text between parameters")
+        calls.append((name, {key.removeprefix("<parameter=").strip(): v for key, v in arguments.items()}, False))
+    return calls
+
+
+def same_json(a, b) -> bool:
+    if isinstance(a, bool) or isinstance(b, bool) or a is None or b is None:
+        return a is b
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return a == b
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(same_json(one, two) for one, two in zip(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
+    return isinstance(a, str) and isinstance(b, str) and a == b
+
+
+def same_call(call: tuple[str, dict, bool], gold: tuple[str, dict]) -> bool:
+    name, arguments, typed = call
+    if name != gold[0] or arguments.keys() != gold[1].keys():
+        return False
+    for key, wanted in gold[1].items():
+        value = arguments[key]
+        if not typed and isinstance(wanted, str):
+            if value.strip() != wanted.strip():
+                return False
+            continue
+        if not typed:
+            words = {"True": True, "False": False, "None": None}
+            value = words[value.strip()] if value.strip() in words else read_json(value)
+        if not same_json(value, wanted):
+            return False
+    return True
+
+
+def gold_calls(gold) -> list[tuple[str, dict]]:
+    gold = read_json(gold) if isinstance(gold, str) else gold
+    return [call_of(entry) for entry in (gold if isinstance(gold, list) else [gold])]
+
+
+def tool_call(prediction: str, gold, prompt_opened_think: bool | None = None) -> float:
+    """1 if the structure is valid and the calls are exactly the gold ones, in any order; else 0.
+
+    Args:
+        gold: the calls as a list (or its JSON) of {"name", "arguments"}; [] where no call is right.
+        prompt_opened_think: True: there must be exactly one thinking block, opened by the prompt; False: none; None:
+            not looked at.
+    """
+    try:
+        thinking = split_thinking(prediction, bool(prompt_opened_think))
+        if thinking is None:
+            return 0.0
+        answer, blocks, extra = thinking
+        if prompt_opened_think is not None and (blocks != int(prompt_opened_think) or extra):
+            return 0.0
+        calls, left = parse_tool_calls(without_end_marks(answer)), gold_calls(gold)
+        if len(calls) != len(left):
+            return 0.0
+        for call in calls:
+            match = next((i for i, wanted in enumerate(left) if same_call(call, wanted)), None)
+            if match is None:
+                return 0.0
+            del left[match]
+        return 1.0
+    except (ValueError, RecursionError):
+        return 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- abstention
+
+ABSTENTIONS = re.compile(
+    r"\[?idk\]?|n/?a|unknown|none of (?:the above|these|them) can be determined"
+    r"|i (?:do not|don't) know(?: the answer)?|(?:i am|i'm) not sure"
+    r"|(?:(?:this|the) (?:question|answer) is |it is )?"
+    r"(?:unanswerable|not answerable|unclear|impossible to (?:tell|say|know))"
+    r"|(?:(?:i|we|it|this|(?:this|the) (?:question|answer)) )?(?:can ?not|can't|could not|couldn't) (?:be )?"
+    r"(?:determined?|answer(?:ed)?|tell|say|know|known)(?: (?:this|it|that|the answer|(?:this|the) question))?"
+    r"(?: from (?:(?:the|this) )?(?:(?:given|provided) )?(?:image|picture|video|clip|audio|information|context|data))?"
+    r"|(?:there is )?(?:not enough|insufficient|no) (?:information|evidence|data|context)"
+    r"(?: (?:given|provided|available))?"
+)
+
+
+def is_abstention(text: str) -> bool:
+    """Whether an answer (of a box, or a whole one) says that it cannot be known, and nothing besides."""
+    return len(text) <= 300 and ABSTENTIONS.fullmatch(plain_form(text)) is not None
+
+
+def abstention(prediction: str, gold: str = "unanswerable") -> float:
+    """1 if a prompt that cannot be answered was answered by abstaining; else 0 (also where the gold is an answer)."""
+    return float(is_abstention(prediction) and is_abstention(gold))
+
+
+# ---------------------------------------------------------------------------------------------------- format
+
+
+def without_end_marks(text: str) -> str:
+    end = len(text)
+    while True:
+        while end and text[end - 1].isspace():
+            end -= 1
+        mark = next((mark for mark in END_MARKS if text.endswith(mark, 0, end)), None)
+        if mark is None:
+            return text[:end]
+        end -= len(mark)
+
+
+def split_thinking(text: str, prompt_opened_think: bool) -> tuple[str, int, int] | None:
+    """Decoded completion -> (what stands outside of thinking, thinking blocks, tags beyond one pair).
+
+    None where thinking never ends. Further blocks are taken out of the answer too.
+    """
+    if prompt_opened_think and not text.lstrip().startswith("<think>"):
+        text = "<think>" + text
+    opens, closes = text.count("<think>"), text.count("</think>")
+    extra = max(0, opens - 1) + max(0, closes - 1)
+    if not opens:  # a closing tag alone: what stands before it was meant as thinking
+        return (text.partition("</think>")[2] if closes else text), 0, extra
+    answer, blocks, position = [], 0, 0
+    while (start := text.find("<think>", position)) >= 0:
+        end = text.find("</think>", start)
+        if end < 0:
+            if not blocks:
+                return None
+            position = len(text)  # thinking that goes on to the end answers nothing
+            break
+        if blocks:
+            answer.append(text[position:start])
+        blocks, position = blocks + 1, end + len("</think>")
+    return "".join(answer) + text[position:], blocks, extra
+
+
+def boxes(text: str) -> tuple[list[str], int]:
+    """(contents of the outermost `\\boxed{}` and `\\fbox{}` in order, how many were begun and not closed), one pass."""
+    stack, found = [], []
+    for match in re.finditer(r"\\f?boxed\s?\{|\\fbox\s?\{|\\[{}\\]|[{}]", text):
+        mark = match.group()
+        if mark == "}":
+            opening = stack.pop() if stack else None
+            if opening is not None:
+                while found and found[-1][0] > opening:
+                    found.pop()
+                found.append((opening, match.start()))
+        elif mark == "{" or "box" in mark:
+            stack.append(None if mark == "{" else match.end())
+    return [text[start:end] for start, end in found], sum(opening is not None for opening in stack)
+
+
+def format_reward(prediction: str, gold: str, prompt_opened_think: bool = True, **args) -> float:
+    """0.9 * accuracy + 0.1 * format of a whole completion, as decoded with its thinking tags.
+
+    Format is 1 for one thinking block followed by one box (a point for gui-coordinate, a text for asr). Accuracy is
+    the mean over the boxes, of which five are graded, times 0.9 for every extra thinking tag, box or point. A
+    completion that never ends its thinking scores 0. Tool calls stay binary.
+
+    Args:
+        gold: "verifier:answer", the names with - or _; mathruler and asr are names too.
+        prompt_opened_think: the generation prompt ended with `<think>`; False: thinking was off, no format credit.
+        args: of the verifier.
+    """
+    name, found, answer = gold.partition(":")
+    if not found or (name := verifier_name(name)) == "format":
+        return 0.0
+    if name == "tool_call":
+        return tool_call(prediction, answer, prompt_opened_think, **args)
+    thinking = split_thinking(prediction, prompt_opened_think)
+    if thinking is None:
+        return 0.0
+    text, blocks, extra = thinking
+    text = without_end_marks(text)
+    contents, dangling = boxes(text)
+    if name == "gui_coordinate":
+        accuracy, extra_points = click_score(text, answer, **args)
+        extra, one = extra + extra_points, "</point>" in text and extra_points == 0
+    elif name == "asr_wer":
+        spoken = contents[0] if len(contents) == 1 else text.replace("</think>", " ")
+        accuracy, one = VERIFIERS[name](spoken, answer, **args), bool(text.strip())
+        if not one:
+            return 0.0
+    else:
+        graded = [VERIFIERS[name](content, answer, **args) for content in contents[:GRADED_BOXES]]
+        accuracy = sum(graded) / max(1, len(contents))
+        extra, one = extra + max(0, len(contents) + dangling - 1), len(contents) == 1 and not dangling
+    return (1 - FORMAT_WEIGHT) * accuracy * EXTRA_FACTOR**extra + FORMAT_WEIGHT * (blocks == 1 and one)
+
+
+def answer_of(completion: str, verifier: str, prompt_opened_think: bool = True) -> str:
+    """What of a whole completion `score(verifier, ...)` grades: the first box; of clicks, speech and calls the text.
+
+    "" where thinking never ends or no box is there. For pass rates and evaluation, where format does not count.
+    """
+    thinking = split_thinking(completion, prompt_opened_think) if len(completion) <= MAX_CHARS else None
+    if thinking is None:
+        return ""
+    text = without_end_marks(thinking[0])
+    if verifier_name(verifier) in ("gui_coordinate", "tool_call"):
+        return text
+    contents = boxes(text)[0]
+    return contents[0] if contents else text if verifier_name(verifier) == "asr_wer" else ""
+
+
+# ---------------------------------------------------------------------------------------------------- entry
+
+VERIFIERS: dict[str, Callable[..., float]] = {
+    "string_match": string_match,
+    "math": math,
+    "multiple_choice": multiple_choice,
+    "gui_coordinate": gui_coordinate,
+    "asr_wer": asr_wer,
+    "tool_call": tool_call,
+    "abstention": abstention,
+    "format": format_reward,
+}
+
+
+def verifier_name(name: str) -> str:
+    """The name in VERIFIERS of a verifier as data files write it. Raises OmniInputError."""
+    plain = name.strip().lower().replace("-", "_")
+    plain = {"mathruler": "math", "asr": "asr_wer", "wer": "asr_wer", "mcq": "multiple_choice"}.get(plain, plain)
+    if plain not in VERIFIERS:
+        raise OmniInputError(f"no verifier is called {name[:50]!r}; there are {', '.join(VERIFIERS)}")
+    return plain
+
+
+def score(verifier: str, prediction: str | None, gold, **args) -> float:
+    """How well a prediction answers, in [0, 1].
+
+    Args:
+        verifier: a name of VERIFIERS, with - or _.
+        prediction: what the policy wrote: for "format" (and "tool_call") the completion with its thinking tags, for the
+            others the answer alone (the content of the box).
+        gold: the right answer; a list of them for string_match, math and multiple_choice: the best counts.
+        args: of the verifier: rel_tol, options, max_dist, lang, prompt_opened_think.
+
+    Raises:
+        OmniInputError: an unknown verifier.
+        TypeError: an argument that the verifier does not have.
+    """
+    name = verifier_name(verifier)
+    if not isinstance(prediction, str) or len(prediction) > MAX_CHARS:
+        return 0.0
+    if isinstance(gold, list) and name in ("string_match", "math", "multiple_choice"):
+        return max((score(name, prediction, one, **args) for one in gold), default=0.0)
+    if isinstance(gold, (int, float)):
+        gold = str(gold)
+    if name not in ("tool_call", "gui_coordinate") and not isinstance(gold, str):
+        return 0.0
+    return min(1.0, max(0.0, float(VERIFIERS[name](prediction, gold, **args))))
+
+
+def check_gold(verifier: str, gold, **args) -> None:
+    """Raises OmniInputError where a gold answer cannot be reached by any prediction; for the reading of data."""
+    name = verifier_name(verifier)
+    if name == "format":
+        inner, found, answer = str(gold).partition(":")
+        if not found:
+            raise OmniInputError(f"gold must be 'verifier:answer', got {str(gold)[:80]!r}")
+        return check_gold(inner, answer, **{k: v for k, v in args.items() if k != "prompt_opened_think"})
+    if name == "gui_coordinate":
+        fine = point_of(gold) is not None
+    elif name == "tool_call":
+        try:
+            fine = gold_calls(gold) is not None
+        except (ValueError, RecursionError):
+            fine = False
+    elif name == "asr_wer":
+        fine = isinstance(gold, str)
+    else:
+        fine = score(name, gold[0] if isinstance(gold, list) and gold else str(gold), gold, **args) == 1.0
+    if not fine:
+        raise OmniInputError(f"no prediction can score 1 with {name} and the gold answer {str(gold)[:80]!r}")
+
+
+__all__ = ["VERIFIERS", "answer_of", "check_gold", "is_abstention", "parse_tool_calls", "score"]
