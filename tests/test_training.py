@@ -333,7 +333,8 @@ def test_report_of_several_stages(tmp_path, capsys):
 def test_recipe_runs_what_is_not_finished_and_processes_share_the_tests(tiny_yaml, tmp_path):
     tower = {"tower": "vision", "model_config": str(tiny_yaml), "output_dir": str(tmp_path / "tower"), "steps": 1}
     tower |= {"samples_per_step": 2, "workers": 0}
-    first = dataclasses.asdict(stage(tiny_yaml, tmp_path / "first", steps=1, train=["head"], report_to=[]))
+    first = stage(tiny_yaml, tmp_path / "first", steps=1, train=["head"], report_to=[], micro_batch_size=1)
+    first = dataclasses.asdict(first)
     first["towers"] = {"vision": str(tmp_path / "tower" / "tower.safetensors")}
     configs = [tmp_path / "tower.yaml", tmp_path / "first.yaml"]
     for path, values in zip(configs, (tower, first), strict=True):
