@@ -26,6 +26,9 @@ _VIT_SIZES = {
 }
 
 
+TYPE_TEXT, TYPE_IMAGE, TYPE_VIDEO, TYPE_AUDIO = range(4)  # values of mm_token_type_ids
+
+
 def resolve_checkpoint(name):
     """The folder of the shipped checkpoint for the name "nano"; any other name or path unchanged."""
     return str(Path(__file__).parent / "nano") if name == "nano" else name

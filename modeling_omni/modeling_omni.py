@@ -17,6 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .checkpoint import IGNORED_ON_LOAD, register_released_layout
 from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
+from .configuration_omni import TYPE_AUDIO as AUDIO
+from .configuration_omni import TYPE_IMAGE as IMAGE
+from .configuration_omni import TYPE_VIDEO as VIDEO
 from .media import OmniInputError
 from .modeling_audio import OmniAudioModel, init_audio_weights
 from .modeling_language import OmniLanguageModel, OmniRMSNorm, decode_masks, init_language_weights, relu2
@@ -24,7 +27,6 @@ from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
 from .token_reduction import ReducedCache, reduced_forward, reduction_cache
 from .video_processing_omni import kept_tokens
 
-IMAGE, VIDEO, AUDIO = 1, 2, 3  # values of mm_token_type_ids; 0 is text
 LOSS_CHUNK = 1024  # trained tokens whose logits exist at a time
 MODALITY_NAMES = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from .call_inputs import AS_LIST, CallOptions, check_pruning_rate, share_out, split_options, with_metadata
-from .configuration_omni import OmniConfig, resolve_checkpoint
+from .configuration_omni import TYPE_AUDIO, TYPE_IMAGE, TYPE_TEXT, TYPE_VIDEO, OmniConfig, resolve_checkpoint
 from .feature_extraction_omni import OmniFeatureExtractor, num_audio_tokens
 from .image_processing_omni import (
     NemotronH_Nano_Omni_Reasoning_V3ImageProcessor,
@@ -50,8 +50,6 @@ from .prompt_omni import (
 from .video_processing_omni import OmniVideoProcessor, frame_labels, kept_tokens, tubelet_audio_counts
 
 logger = logging.getLogger(__name__)
-
-TYPE_TEXT, TYPE_IMAGE, TYPE_VIDEO, TYPE_AUDIO = range(4)  # values of mm_token_type_ids
 
 
 @dataclass

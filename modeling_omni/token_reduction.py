@@ -28,10 +28,12 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .configuration_omni import TYPE_IMAGE as IMAGE
+from .configuration_omni import TYPE_TEXT as TEXT
+from .configuration_omni import TYPE_VIDEO as VIDEO
 from .media import OmniInputError
 from .modeling_language import attention_inputs
 
-TEXT, IMAGE, VIDEO = 0, 1, 2  # values of mm_token_type_ids
 SCORINGS = ("query", "random", "uniform")
 SCORED_KINDS = "M*"  # layers of `hybrid_override_pattern` that mix tokens
 QUESTION_TOKENS = 128  # text tokens at the end of the prompt that ask, at most
