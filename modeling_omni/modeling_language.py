@@ -144,7 +144,8 @@ class TopKRouter(nn.Module):
     def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> expert numbers [T, K] and their weights [T, K] float32."""
         config = self.config
-        scores = F.linear(hidden_TD.float(), self.weight.float()).sigmoid()
+        with torch.autocast(hidden_TD.device.type, enabled=False):  # a score rounded to bfloat16 picks other experts
+            scores = F.linear(hidden_TD.float(), self.weight.float()).sigmoid()
         choice = scores.detach() + self.e_score_correction_bias.float()
         if config.n_group > 1:  # only experts of the best groups, a group judged by its two best experts
             groups = choice.unflatten(-1, (config.n_group, -1))

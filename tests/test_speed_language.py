@@ -22,7 +22,7 @@ from modeling_omni.kernels import (
     rms_norm,
     routed_experts,
 )
-from modeling_omni.modeling_language import OmniLanguageModel, attention_inputs, init_language_weights
+from modeling_omni.modeling_language import OmniLanguageModel, TopKRouter, attention_inputs, init_language_weights
 from modeling_omni.ssd import causal_conv1d, causal_conv1d_step, cuda_kernels, ssd_scan, ssd_step
 
 # ---- the scan ----
@@ -253,6 +253,16 @@ def test_experts_in_bfloat16_and_under_autocast():
     for output in (routed_experts(*halves), cast):
         assert output.dtype == torch.bfloat16
         assert (output - expected).abs().mean() < allowed
+
+
+def test_router_is_float32_under_autocast():
+    router = TopKRouter(OmniTextConfig(**LLM))
+    torch.nn.init.normal_(router.weight)
+    hidden = torch.randn(50, router.config.hidden_size)
+    expected = router(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = router(hidden)
+    assert torch.equal(cast[0], expected[0]) and torch.equal(cast[1], expected[1])
 
 
 def test_compiled_experts_never_form_the_gathered_weights():
