@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .evs import check_places
 from .feature_extraction_omni import clip_token_count
 from .media import OmniInputError
 from .modeling_omni import (
@@ -44,7 +45,6 @@ from .modeling_omni import (
     MODALITY_NAMES,
     VIDEO,
     OmniForConditionalGeneration,
-    check_places,
     chunked_cross_entropy,
 )
 

@@ -15,9 +15,9 @@ import math
 import torch
 from tqdm.auto import tqdm
 
+from .evs import reserve_kept_tokens
 from .inference import split_tokens, suppressed_tokens
 from .media import OmniInputError
-from .modeling_omni import reserve_kept_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ from transformers import (
 
 from .call_inputs import AS_LIST, CallOptions, check_pruning_rate, share_out, split_options, with_metadata
 from .configuration_omni import TYPE_AUDIO, TYPE_IMAGE, TYPE_TEXT, TYPE_VIDEO, OmniConfig, resolve_checkpoint
+from .evs import kept_tokens
 from .feature_extraction_omni import OmniFeatureExtractor, num_audio_tokens
 from .image_processing_omni import (
     NemotronH_Nano_Omni_Reasoning_V3ImageProcessor,
@@ -47,7 +48,7 @@ from .prompt_omni import (
     prepare_messages,
     tool_schemas,
 )
-from .video_processing_omni import OmniVideoProcessor, frame_labels, kept_tokens, tubelet_audio_counts
+from .video_processing_omni import OmniVideoProcessor, frame_labels, tubelet_audio_counts
 
 logger = logging.getLogger(__name__)
 

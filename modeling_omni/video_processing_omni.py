@@ -17,6 +17,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from .evs import kept_tokens
 from .image_processing_omni import MERGE_SIZE, MIN_BUDGET_PATCHES, fit_media_budget, normalize_pixels, resize_frames
 from .media import OmniInputError, VideoClip, load_video
 
@@ -50,11 +51,6 @@ def video_grid(
 
 def num_tubelets(num_frames: int, temporal_patch_size: int = 2) -> int:
     return -(-num_frames // temporal_patch_size)
-
-
-def kept_tokens(tubelets: int, tokens_per_tubelet: int, pruning_rate: float) -> int:
-    """Tokens of a video after EVS: the share 1 - `pruning_rate`, but never less than its first tubelet."""
-    return max(tokens_per_tubelet, int(tubelets * tokens_per_tubelet * (1 - pruning_rate)))
 
 
 def as_video_list(videos) -> list:
@@ -248,4 +244,4 @@ class OmniVideoProcessor(VideoProcessorMixin):
         return {name: getattr(self, name) for name in names} | {"video_processor_type": type(self).__name__}
 
 
-__all__ = ["OmniVideoProcessor", "frame_labels", "kept_tokens", "num_tubelets", "tubelet_audio_counts", "video_grid"]
+__all__ = ["OmniVideoProcessor", "frame_labels", "num_tubelets", "tubelet_audio_counts", "video_grid"]

@@ -20,14 +20,13 @@ from tiny_model import (
     tiny_model,
 )
 
+from modeling_omni.evs import evs_keep_indices, reserve_kept_tokens
 from modeling_omni.feature_extraction_omni import num_audio_tokens
 from modeling_omni.media import OmniInputError, VideoClip
 from modeling_omni.modeling_audio import plan_passes
 from modeling_omni.modeling_omni import (
     OmniForConditionalGeneration,
     chunked_cross_entropy,
-    evs_keep_indices,
-    reserve_kept_tokens,
 )
 from modeling_omni.processing_omni import OmniProcessor
 

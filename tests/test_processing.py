@@ -34,13 +34,13 @@ from transformers.models.nemotron_h_omni.video_processing_nemotron_h_omni import
 from transformers.video_utils import VideoMetadata
 
 from modeling_omni.configuration_omni import MODEL_TYPE, OmniConfig
+from modeling_omni.evs import kept_tokens
 from modeling_omni.image_processing_omni import OmniImageProcessor, fit_media_budget, image_grid
 from modeling_omni.media import OmniInputError, VideoClip
 from modeling_omni.processing_omni import OmniProcessor, register_auto_processors
 from modeling_omni.video_processing_omni import (
     OmniVideoProcessor,
     frame_labels,
-    kept_tokens,
     tubelet_audio_counts,
     video_grid,
 )
