@@ -190,19 +190,31 @@ def report_command(argv: list[str]) -> None:
 
 
 def plot_stages(table: dict[str, dict[str, float]], skills: list[str], path: str) -> None:
-    """One panel per modality (the first word of a skill's name), one line per skill, stages from left to right."""
+    """A cell per skill and stage, the darker the better; a panel for every modality (first word of a skill's name) with
+    many skills, one for the rest."""
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(skill.split("_")[0] for skill in skills))
-    figure = Figure(figsize=(4 * len(kinds), 4), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
-        for skill in (skill for skill in skills if skill.split("_")[0] == kind):
-            values = [100 * scores.get(skill, float("nan")) for scores in table.values()]
-            axes.plot(list(table), values, marker="o", markersize=3, label=skill.removeprefix(kind + "_"))
-        axes.set(title=kind, ylim=(0, 101))
-        axes.tick_params(axis="x", rotation=45)
-        axes.legend(fontsize=7)
-    figure.supylabel("held-out accuracy, %")
+    kinds = {skill.split("_")[0]: [] for skill in skills}
+    for skill in skills:
+        kinds[skill.split("_")[0]].append(skill)
+    panels = [own for own in kinds.values() if len(own) > 6]
+    panels += [rest] if (rest := [skill for own in kinds.values() if len(own) <= 6 for skill in own]) else []
+    rows = max(map(len, panels))
+    size = (len(panels) * (1.6 + 0.4 * len(table)), 1.2 + 0.27 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, own in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        cells = [[100 * scores.get(skill, float("nan")) for scores in table.values()] for skill in own]
+        axes.imshow(cells, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        for y, values in enumerate(cells):
+            for x, value in enumerate(values):
+                if value == value:  # not NaN: the skill was not tested there
+                    axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="w" if value > 60 else "k", size=8)
+        axes.set_xticks(range(len(table)), list(table), rotation=45, ha="left", rotation_mode="anchor")
+        axes.set_yticks(range(len(own)), own)
+        axes.set_ylim(rows - 0.5, -0.5)  # cells of all panels are of one size
+        axes.tick_params(length=0, labelsize=9, top=False, labeltop=True, labelbottom=False)
+        axes.spines[:].set_visible(False)
+    figure.suptitle("held-out accuracy after every stage, %")
     figure.savefig(path, dpi=110)
 
 
