@@ -559,14 +559,9 @@ NANO = ROOT / "modeling_omni" / "nano"
 
 
 EXAMPLES = json.loads((NANO / "examples" / "examples.json").read_text())
-WRONG = {"Read the word.", "Which digits are spoken?"}  # README: HELOC for HELLO, 427 for 407
-UNDERTRAINED = pytest.mark.xfail(strict=True, reason="the shipped nano answers this one wrongly")
 
 
-@pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, marks=UNDERTRAINED if row["question"] in WRONG else (), id=row["question"]) for row in EXAMPLES],
-)
+@pytest.mark.parametrize("row", EXAMPLES, ids=lambda row: row["question"])
 def test_nano_answers_the_shipped_examples(row):
     """The default model, without thinking, about the shipped media."""
     model, processor = load("nano")
