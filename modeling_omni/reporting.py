@@ -200,7 +200,7 @@ def plot_stages(table: dict[str, dict[str, float]], skills: list[str], path: str
     panels = [own for own in kinds.values() if len(own) > 6]
     panels += [rest] if (rest := [skill for own in kinds.values() if len(own) <= 6 for skill in own]) else []
     rows = max(map(len, panels))
-    size = (len(panels) * (1.6 + 0.4 * len(table)), 1.2 + 0.27 * rows)
+    size = (max(4.0, len(panels) * (1.6 + 0.4 * len(table))), 1.2 + 0.27 * rows)
     figure = Figure(figsize=size, layout="constrained")
     for axes, own in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         cells = [[100 * scores.get(skill, float("nan")) for scores in table.values()] for skill in own]
