@@ -2,6 +2,8 @@
 
 Commands:
     sft     one supervised stage (paper 3.1); with --check-data it only reads the data and reports on them
+    mpo     one stage of preference optimization on pairs of answers (paper 3.2.1)
+    gspo    one stage of reinforcement learning with verifiable rewards (paper 3.2.2 to 3.2.5)
     tower   pre-training of nano's vision or audio tower on dense labels
     recipe  several configs, one after the other, and the report: `train.py recipe CONFIG... [--launch ACCELERATE_YAML]`
     report  what every skill scored after every stage, as a table and a plot
@@ -57,6 +59,16 @@ def main() -> None:
         from modeling_omni.training import SFTArguments, load_arguments, train_sft
 
         train_sft(load_arguments(SFTArguments, argv))
+    elif command == "mpo":
+        from modeling_omni.mpo import MPOArguments, train_mpo
+        from modeling_omni.training import load_arguments
+
+        train_mpo(load_arguments(MPOArguments, argv))
+    elif command == "gspo":
+        from modeling_omni.gspo import GSPOArguments, train_gspo
+        from modeling_omni.training import load_arguments
+
+        train_gspo(load_arguments(GSPOArguments, argv))
     elif command == "tower":
         from modeling_omni.pretraining import TowerArguments, pretrain_tower
         from modeling_omni.training import load_arguments

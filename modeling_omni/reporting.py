@@ -112,7 +112,9 @@ def heldout_losses(model, processor, args, device) -> dict[str, float]:
     return losses
 
 
-def evaluate(accelerator, model, processor, args, folder: Path, step: int, previews: Previews) -> dict[str, float]:
+def evaluate(
+    accelerator, model, processor, args, folder: Path, step: int, previews: Previews | None
+) -> dict[str, float]:
     """Losses on `eval_data`, previews, and the held-out accuracy of `heldout_skills`: printed, logged and written down.
 
     The processes share the skills out among themselves; with ZeRO-3 there are losses only.
@@ -136,7 +138,7 @@ def evaluate(accelerator, model, processor, args, folder: Path, step: int, previ
         from .evaluation import heldout_accuracy
 
         inside, skills = model_inside(model), heldout_skills(args)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and previews is not None:
             previews.show(inside, folder, step)
         if skills and args.eval_samples:
             own = skills[accelerator.process_index :: accelerator.num_processes]
@@ -206,8 +208,9 @@ def plot_stages(table: dict[str, dict[str, float]], skills: list[str], path: str
     figure.savefig(path, dpi=110)
 
 
-def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
-    """`final/README.md`: from what, on what and how the model was trained, and what it scored."""
+def write_model_card(folder: Path, args, table: dict[str, float], how: str | None = None) -> None:
+    """`final/README.md`: from what, on what and how (command and size of a step) the model was trained, its scores."""
+    how = how or f"`train.py sft`: {args.steps} steps of {args.global_batch_size} rows of {args.row_tokens} tokens"
     start = args.model or f"random weights ({args.model_config})"
     shares = sum(float(source.get("weight", 1.0)) for source in args.data)
     kind, trained = "Weights", ", ".join(args.train)
@@ -222,9 +225,8 @@ def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
         "",
         f"# {Path(args.output_dir).name}",
         "",
-        f"{kind} trained from {start} with `train.py sft`: {args.steps} steps"
-        f" of {args.global_batch_size} rows of {args.row_tokens} tokens. Every setting is in `config.resolved.yaml`"
-        " of the run, the loss in `log.jsonl`.",
+        f"{kind} trained from {start} with {how}. Every setting is in `config.resolved.yaml` of the run, the loss in"
+        " `log.jsonl`.",
         "",
         f"Trained: {trained}. Peak learning rate {args.learning_rate:g}.",
         "",

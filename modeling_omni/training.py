@@ -338,7 +338,7 @@ def train_sft(args: SFTArguments) -> None:
     check_arguments(args, world, sharded)
     readers = world // args.context_parallel  # processes with rows of their own
     accumulation = args.global_batch_size // (readers * args.micro_batch_size)
-    resumed, saved = find_checkpoint(accelerator, folder, args)
+    resumed, saved = find_checkpoint(accelerator, folder, args.context_parallel)
     step, resolved = saved["step"], folder / "config.resolved.yaml"
     if resumed:
         resume_settings(args, resolved)
