@@ -377,6 +377,8 @@ class OmniTrainer:
             return
         load_optimizers([self.optimizer], Path(checkpoint) / "optimizer.safetensors")
         self.lr_scheduler.load_state_dict(self.saved["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()):
+            group["lr"] = rate
 
     def _load_rng_state(self, checkpoint) -> None:
         """Nothing: what is random here is a function of the seed and the step."""

@@ -147,6 +147,7 @@ def load_arguments(cls, argv: list[str] | None = None):
     values = {}
     if path is not None:
         values = yaml.safe_load(Path(path).read_text()) or {}
+        values.pop("stage", None)  # the command that the file is for (`train.py recipe` reads it)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
