@@ -108,13 +108,9 @@ def shown(messages: list[dict]) -> list[dict]:
         source = media_source(part["type"], part)
         return f"[{part['type']} {source if isinstance(source, str) else 'in memory'}]"
 
-    return [
-        {
-            "role": m["role"],
-            "content": m["content"] if isinstance(m["content"], str) else "".join(map(text, m["content"])),
-        }
-        for m in messages
-    ]
+    contents = [message.get("content") or "" for message in messages]  # None beside tool calls
+    contents = [content if isinstance(content, str) else "".join(map(text, content)) for content in contents]
+    return [{"role": message["role"], "content": content} for message, content in zip(messages, contents)]
 
 
 def reward_of(row: dict, completion: str, kind: str) -> float:

@@ -357,8 +357,9 @@ def test_every_config_loads(scale, processes, monkeypatch):
         kind = yaml.safe_load(text)["stage"]
         if kind not in ("mpo", "gspo"):
             continue
-        for line in text.splitlines():
-            assert not line or line.startswith(("#", "  ", "data:")) or " # " in line, f"{file}: {line}: no comment"
+        for before, line in zip(["", *text.splitlines()], text.splitlines()):
+            commented = not line or line.startswith(("#", "  ", "data:")) or " # " in line or before.startswith("#")
+            assert commented, f"{file}: {line}: no comment"
         cls, check = {"mpo": (MPOArguments, check_mpo), "gspo": (GSPOArguments, check_gspo)}[kind]
         args = load_arguments(cls, ["--config", str(file)])
         check(args)
