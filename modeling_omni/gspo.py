@@ -64,6 +64,7 @@ class GSPOArguments(RLArguments):
     global_batch_size: int = _key(4096, "answers sampled at a time over all processes")
     updates: int = _key(1, "optimizer steps on the answers sampled at a time; 1: never off-policy, nothing is clipped")
     micro_batch_size: int = _key(1, "answers of one forward pass")
+    sampling_batch_size: int = _key(0, "answers that a process samples side by side; 0: all of its own")
     epsilon: float = _key(3e-4, "clipping of the ratio below 1 (GSPO's paper)")
     epsilon_high: float = _key(4e-4, "clipping of the ratio above 1 (GSPO's paper)")
     temperature: float = _key(1.0, "of sampling")
@@ -189,14 +190,18 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
         return [self.prompts[i]["ids"] for i in self.numbers], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        sample = super()._generate_single_turn
         if self.use_vllm:
             images = [self.prompts[i]["images"] or None for i in self.numbers]
-            images = images if any(images) else None
-        else:
-            multimodal_fields = join_features([self.features[i] for i in self.numbers])
-            if multimodal_fields:  # TRL pads lists as it pads the prompts
-                multimodal_fields["mm_token_type_ids"] = [self.prompts[i]["types"] for i in self.numbers]
-        return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+            return sample(prompt_ids, images if any(images) else None, {}, num_generations)
+        size, completions = self.stage_args.sampling_batch_size or len(prompt_ids), []
+        for start in range(0, len(prompt_ids), size):
+            numbers = self.numbers[start : start + size]
+            fields = join_features([self.features[i] for i in numbers])
+            if fields:  # TRL pads lists as it pads the prompts
+                fields["mm_token_type_ids"] = [self.prompts[i]["types"] for i in numbers]
+            completions += sample(prompt_ids[start : start + size], None, fields, num_generations)[0]
+        return completions, None
 
     def _reward(self, prompts, completions, completion_ids, row, log_metric, **kwargs) -> list[float]:
         """TRL's reward function. It decodes the tokens itself: TRL's text lacks the marks of thinking."""

@@ -26,6 +26,7 @@ from trl import GRPOTrainer
 from modeling_omni.checkpoint import released_tensors
 from modeling_omni.gspo import GSPOArguments, GSPOTrainer, check_gspo, make_gspo_trainer, reward_of, train_gspo
 from modeling_omni.inference import MEDIA_TOKENS
+from modeling_omni.lora import base_name
 from modeling_omni.media import OmniInputError
 from modeling_omni.modeling_omni import OmniForConditionalGeneration
 from modeling_omni.mpo import MPOArguments, check_mpo
@@ -178,6 +179,14 @@ def test_first_ratio_is_one_and_every_kind_is_seen(folder):
         assert not torch.equal(*found), one["shown"]
 
 
+def test_sampling_in_pieces_is_the_same(folder):
+    found = []
+    for size in (0, 5):
+        trainer = trainer_of(arguments(folder, "pieces", top_k=1, updates=1, sampling_batch_size=size))
+        found.append(sampled(trainer)["completion_ids"])
+    assert torch.equal(*found) and found[0].unique().numel() > 2
+
+
 def test_loss_is_the_papers_in_float64(folder):
     trainer = trainer_of(arguments(folder, "loss", epsilon=0.01, epsilon_high=0.02))
     batch = sampled(trainer)
@@ -291,6 +300,21 @@ def test_resumes_after_a_kill_and_freezes_to_the_bit(folder):
     for (name, old), new in zip(start.state_dict().items(), final.state_dict().values()):
         changed.setdefault(group_of(name), []).append(not torch.equal(old, new))
     assert {group for group, ones in changed.items() if any(ones)} == {"language", "head"}
+
+
+def test_adapters_learn_and_their_base_stays(folder):
+    lora = {"presets": ["attention_mamba", "projectors"], "r": 4}
+    trainer = trainer_of(
+        arguments(folder, "lora", lora=lora, updates=1, steps=2, data=[{"path": str(folder / "images.jsonl")}])
+    )
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if "lora_B" in name and p.any()}
+    assert any("mixer" in name for name in moved) and any("vision_projector" in name for name in moved)
+    start = OmniForConditionalGeneration.from_pretrained(folder / "start").state_dict()
+    base = {base_name(name): p for name, p in trainer.model.named_parameters() if "lora_" not in name}
+    assert len(base) > 100
+    for name, parameter in base.items():
+        assert torch.equal(parameter, start[name]), name
 
 
 class Scripted(GSPOTrainer):
