@@ -437,6 +437,11 @@ def open_stage(args: RLArguments) -> Stage:
     folder, state = Path(args.output_dir), PartialState()
     folder.mkdir(parents=True, exist_ok=True)
     resumed, saved = find_checkpoint(state, folder)
+    if left := sorted(folder.glob("checkpoint-*")):
+        raise OmniInputError(
+            f"{left[-1]} was written by DeepSpeed or FSDP, from which stages are not resumed: give another output_dir, "
+            "and its weights as `model`"
+        )
     resolved = folder / "config.resolved.yaml"
     if resumed:
         resume_settings(args, resolved)

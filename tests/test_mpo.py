@@ -204,6 +204,22 @@ def test_media_are_encoded_once_and_every_kind_is_seen(folder):
         assert trainer._metrics["train"][name] == [0.0]  # the reference is where the stage starts, to the bit
 
 
+def test_features_that_do_not_fit_raise(folder):
+    args = arguments(folder, "misfit")
+    trainer = trainer_of(args)
+    batch = batch_of(folder, args, kinds=["image"])
+    features = trainer.encode(trainer.model, batch["media"][0])
+    ids, types = batch["input_ids"][:1], batch["mm_token_type_ids"][:1]
+    trainer.model(input_ids=ids, mm_token_type_ids=types, **features)
+    with pytest.raises(OmniInputError, match="image features were given for"):
+        short = {"image_features": features["image_features"][1:]}
+        trainer.model(input_ids=ids, mm_token_type_ids=types, **short)
+    with pytest.raises(OmniInputError, match="no image was given"):
+        trainer.model(input_ids=ids, mm_token_type_ids=types)
+    with pytest.raises(OmniInputError, match="mm_token_type_ids"):
+        trainer.model(input_ids=ids, **features)
+
+
 def test_answers_are_the_tokens_that_generation_writes(folder):
     processor = OmniProcessor.from_pretrained(folder / "start")
     for thought, text in (("", "red <think> <image>"), ("so it is", "blue")):
