@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoint import released_tensors
@@ -155,6 +156,10 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
         self.trained: dict[int, tuple[dict, dict]] = {}  # number -> features of this step with their graph, cut off it
         self.starved = 0
         super().__init__(model, self._reward, stage_args=stage_args, **kwargs)
+        # their gradients come after DDP's pass and are reduced here; DDP would wait for them in the next one
+        own = {id(parameter) for parameter in self.media_params}
+        names = [name for name, parameter in self.model.named_parameters() if id(parameter) in own]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
         if self.use_vllm:  # vLLM knows the released names; never run
             parameters = self.vllm_generation._iter_named_params
             self.vllm_generation._iter_named_params = lambda: (
