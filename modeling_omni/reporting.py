@@ -159,51 +159,119 @@ def append_line(path: Path, line: dict) -> None:
         file.write(json.dumps(line, default=str) + "\n")
 
 
-def stage_table(folders: list[str | Path]) -> dict[str, dict[str, float]]:
-    """Stage -> skill -> last held-out accuracy, from the `heldout.jsonl` of runs.
+# metrics of training that a table of stages shows: of GSPO and distillation, and of preference pairs
+TRAINING_METRICS = ("reward", "kl", "rewards/accuracies", "rewards/margins")
+
+
+def stage_table(runs: list[str | Path]) -> dict[str, dict[str, float]]:
+    """Stage -> skill -> last held-out accuracy, from the `heldout.jsonl` of runs or what `infer.py eval --out` wrote.
 
     Raises:
         OmniInputError: a folder without held-out results.
     """
     table = {}
-    for folder in map(Path, folders):
-        file = folder / "heldout.jsonl"
+    for run in map(Path, runs):
+        file = run / "heldout.jsonl"
+        if run.suffix == ".json" and run.is_file():
+            tested = json.loads(run.read_text())["table"]
+            table[run.stem] = {row["skill"]: row["accuracy"] for row in tested if "accuracy" in row}
+            continue
         if not file.is_file():
-            raise OmniInputError(f"{folder} has no heldout.jsonl; give the output_dir of finished runs")
+            raise OmniInputError(f"{run} has no heldout.jsonl; give the output_dir of finished runs")
         last = json.loads(file.read_text().splitlines()[-1])
-        table[folder.name] = {skill: value for skill, value in last.items() if skill != "step"}
+        table[run.name] = {skill: value for skill, value in last.items() if skill != "step"}
     return table
+
+
+def training_curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (step, value) of a run's `log.jsonl`: TRAINING_METRICS and what stands below "reward/" and "kl/"."""
+    file, curves = Path(run) / "log.jsonl", {}
+    steps: dict[int, dict] = {}  # steps that were run twice, after a kill, stand twice in the log
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        line = json.loads(line)
+        steps.setdefault(line["step"], {}).update(line)
+    for step in sorted(steps):
+        for name, value in steps[step].items():
+            if (name in TRAINING_METRICS or name.startswith(("reward/", "kl/"))) and isinstance(value, (int, float)):
+                curves.setdefault(name, []).append((step, float(value)))
+    return curves
+
+
+def first_and_last(curve: list[tuple[int, float]]) -> tuple[float, float]:
+    """Means of the first and of the last tenth of a curve."""
+    part = max(1, len(curve) // 10)
+    values = [value for _, value in curve]
+    return sum(values[:part]) / part, sum(values[-part:]) / part
+
+
+def stages_markdown(runs: list[str | Path]) -> str:
+    """Held-out skills after every stage, and what training metrics rose from and to in every stage that has some."""
+    table = stage_table([run for run in runs if Path(run).suffix == ".json" or (Path(run) / "heldout.jsonl").is_file()])
+    skills = list(dict.fromkeys(skill for scores in table.values() for skill in scores))
+    lines = []
+    if table:
+        lines += [f"| held out, % | {' | '.join(table)} |", f"|---|{'---:|' * len(table)}"]
+    for skill in skills:
+        cells = [f"{100 * scores[skill]:.0f}" if skill in scores else "" for scores in table.values()]
+        lines.append(f"| {skill} | {' | '.join(cells)} |")
+    curves = {Path(run).name: training_curves(run) for run in runs}
+    curves = {stage: found for stage, found in curves.items() if found}
+    metrics = list(dict.fromkeys(name for found in curves.values() for name in found))
+    if metrics:
+        lines += ["", f"| in training, from -> to | {' | '.join(curves)} |", f"|---|{'---:|' * len(curves)}"]
+    for name in metrics:
+        ends = [first_and_last(found[name]) if name in found else None for found in curves.values()]
+        cells = ["" if end is None else f"{end[0]:.3f} -> {end[1]:.3f}" for end in ends]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def report_command(argv: list[str]) -> None:
     """`train.py report RUN... [--plot FILE.png]`: what every skill scored after every stage, as a table and a plot."""
     parser = argparse.ArgumentParser(prog="train.py report", description=report_command.__doc__)
-    parser.add_argument("runs", nargs="+", help="output folders of stages, in order")
+    parser.add_argument("runs", nargs="+", help="output folders of stages, in order, or JSON files of infer.py eval")
     parser.add_argument("--plot", help="also draw it into this file (.png, .svg)")
     options = parser.parse_args(argv)
-    table = stage_table(options.runs)
-    skills = list(dict.fromkeys(skill for scores in table.values() for skill in scores))
-    print(f"| held out, % | {' | '.join(table)} |\n|---|{'---:|' * len(table)}")
-    for skill in skills:
-        cells = [f"{100 * scores[skill]:.0f}" if skill in scores else "" for scores in table.values()]
-        print(f"| {skill} | {' | '.join(cells)} |")
-    if options.plot:
-        plot_stages(table, skills, options.plot)
+    stage_table(options.runs)  # raises for folders that are no runs
+    report_stages(options.runs, options.plot)
 
 
-def plot_stages(table: dict[str, dict[str, float]], skills: list[str], path: str) -> None:
-    """One panel per modality (the first word of a skill's name), one line per skill, stages from left to right."""
+def report_stages(runs: list[str | Path], plot: str | None = None) -> None:
+    """Prints `stages_markdown` and draws `plot_stages`; stages that were not tested or rewarded are left out."""
+    print(stages_markdown(runs), flush=True)
+    if plot:
+        plot_stages(runs, plot)
+
+
+def plot_stages(runs: list[str | Path], path: str) -> None:
+    """One panel per modality (the first word of a skill's name), one line per skill, stages from left to right; and
+    one of the rewards in training, step after step."""
     from matplotlib.figure import Figure
 
+    table = stage_table([run for run in runs if Path(run).suffix == ".json" or (Path(run) / "heldout.jsonl").is_file()])
+    skills = list(dict.fromkeys(skill for scores in table.values() for skill in scores))
     kinds = list(dict.fromkeys(skill.split("_")[0] for skill in skills))
-    figure = Figure(figsize=(4 * len(kinds), 4), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
+    curves = {Path(run).name: training_curves(run).get("reward") for run in runs}
+    curves = {stage: curve for stage, curve in curves.items() if curve}
+    panels = len(kinds) + bool(curves)
+    if not panels:
+        return
+    figure = Figure(figsize=(4 * panels, 4), layout="constrained")
+    every = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axes, kind in zip(every, kinds):
         for skill in (skill for skill in skills if skill.split("_")[0] == kind):
             values = [100 * scores.get(skill, float("nan")) for scores in table.values()]
             axes.plot(list(table), values, marker="o", markersize=3, label=skill.removeprefix(kind + "_"))
         axes.set(title=kind, ylim=(0, 101))
         axes.tick_params(axis="x", rotation=45)
         axes.legend(fontsize=7)
+    start = 0
+    for stage, curve in curves.items():
+        steps = [start + step for step, _ in curve]
+        every[-1].plot(steps, [100 * value for _, value in curve], linewidth=1, label=stage)
+        every[-1].set(title="reward in training", xlabel="step", ylim=(0, 101))
+        every[-1].legend(fontsize=7)
+        start = steps[-1]
     figure.supylabel("held-out accuracy, %")
     figure.savefig(path, dpi=110)
 
@@ -240,4 +308,12 @@ def write_model_card(folder: Path, args, table: dict[str, float], how: str | Non
     (folder / "final" / "README.md").write_text("\n".join(lines) + "\n")
 
 
-__all__ = ["Previews", "RouterLoad", "evaluate", "parameter_table", "report_command", "write_model_card"]
+__all__ = [
+    "Previews",
+    "RouterLoad",
+    "evaluate",
+    "parameter_table",
+    "report_command",
+    "report_stages",
+    "write_model_card",
+]
