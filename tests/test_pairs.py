@@ -1,4 +1,4 @@
-"""Rollouts, `train.py filter` and `train.py pairs` on a small policy that really samples, and nano's prompts as files."""
+"""Rollouts, `train.py filter` and `train.py pairs` on a small policy that really samples; nano's prompts as files."""
 
 import importlib.util
 import json
