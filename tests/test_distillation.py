@@ -17,6 +17,7 @@ from modeling_omni.data_adapters import adapt_prompt
 from modeling_omni.distillation import (
     DistillArguments,
     answer_states,
+    check_distill,
     chunked_reverse_kl,
     domain_of,
     reverse_kl,
@@ -25,7 +26,7 @@ from modeling_omni.distillation import (
 from modeling_omni.inference import load
 from modeling_omni.media import OmniInputError
 from modeling_omni.processing_omni import OmniProcessor
-from modeling_omni.rl_training import encode_prompt
+from modeling_omni.rl_training import check_arguments, encode_prompt
 from modeling_omni.rollouts import encode_media
 from modeling_omni.training import group_of, load_arguments
 
@@ -202,18 +203,31 @@ def test_a_student_moves_to_one_teacher_and_is_kept_by_the_other(world, tmp_path
     assert changed == {"language", "head"}
 
 
-@pytest.mark.parametrize("train", [["language", "head"], ["language", "vision", "vision_projector"]])
-def test_resumed_runs_equal_uninterrupted_ones(world, tmp_path, train):
-    train_distill(stage(world, tmp_path / "whole", train=train))
-    train_distill(stage(world, tmp_path / "cut", train=train, steps=2))
-    for file in sorted((tmp_path / "cut/final").iterdir()):
-        file.unlink()
-    train_distill(stage(world, tmp_path / "cut", train=train, steps=4))
-    whole, cut = (load_file(tmp_path / run / "final/model.safetensors") for run in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+@pytest.mark.parametrize(
+    "changes", [{}, {"train": ["language", "vision", "vision_projector"], "estimator": "sampled"}, {"lora": {"r": 4}}]
+)
+def test_resumed_runs_equal_uninterrupted_ones(world, tmp_path, changes):
+    train_distill(stage(world, tmp_path / "whole", **changes))
+    train_distill(stage(world, tmp_path / "cut", **changes, steps=2))
+    train_distill(stage(world, tmp_path / "cut", **changes, steps=4))
+    file = "final/adapter_model.safetensors" if "lora" in changes else "final/model.safetensors"
+    whole, cut = (load_file(tmp_path / run / file) for run in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    if "lora" in changes:
+        assert any(value.abs().max() > 0 for name, value in whole.items() if "lora_B" in name)
     with pytest.raises(OmniInputError, match="other settings: teachers"):
-        train_distill(stage(world, tmp_path / "cut", train=train, teachers={"default": world["student"]}))
+        train_distill(stage(world, tmp_path / "cut", **changes, teachers={"default": world["student"]}))
+
+
+def test_every_config_loads():
+    for scale in ("nano", "30b"):
+        file = ROOT / "configs" / scale / "rl/distill.yaml"
+        for line in file.read_text().splitlines():
+            assert line.startswith(("#", "  ", "data:")) or " # " in line, f"{file}: {line}: no comment"
+        args = load_arguments(DistillArguments, ["--config", str(file)])
+        check_distill(args)
+        check_arguments(args)
 
 
 def test_wrong_settings_are_refused_before_anything_is_loaded(tmp_path):

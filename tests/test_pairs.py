@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_model import media_rows, tiny_checkpoint
 from transformers import TopPLogitsWarper
 
@@ -19,7 +21,9 @@ from modeling_omni.pairs import PairsArguments, choose_pair, make_pairs
 from modeling_omni.processing_omni import OmniProcessor
 from modeling_omni.rewards import score
 from modeling_omni.rollouts import FilterArguments, SeededSampling, filter_prompts, read_rows, sample_completions
+from modeling_omni.training import load_arguments
 
+ROOT = Path(__file__).parents[1]
 END = "<|im_end|>"
 
 
@@ -40,7 +44,7 @@ def prompts(tmp_path_factory) -> str:
 
 def arguments(cls, folder, policy, prompts, **changes):
     values = {"output_dir": str(folder), "model": policy, "data": [{"path": prompts}], "reward": "text"}
-    return cls(**values | {"completion_tokens": 3, "batch_size": 4} | changes)
+    return cls(**values | {"completion_tokens": 3, "batch_size": 4, "temperature": 3.0} | changes)
 
 
 def lines_of(path) -> list[dict]:
@@ -116,7 +120,7 @@ def test_which_of_equal_answers_is_drawn_by_the_seed():
 
 
 def test_pairs_of_all_modalities_resume_to_the_same(policy, prompts, tmp_path):
-    whole = arguments(PairsArguments, tmp_path / "whole", policy, prompts, rollouts=12)
+    whole = arguments(PairsArguments, tmp_path / "whole", policy, prompts, rollouts=32)
     report = make_pairs(whole)
     pairs = lines_of(tmp_path / "whole/pairs.jsonl")
     assert {"image", "audio", "video", "text"} <= {pair["id"] for pair in pairs}
@@ -135,11 +139,11 @@ def test_pairs_of_all_modalities_resume_to_the_same(policy, prompts, tmp_path):
     (tmp_path / "cut").mkdir()  # as if killed after five prompts, in the middle of a line; gone on in other batches
     found = (tmp_path / "whole/pass_rates-0.jsonl").read_text().splitlines()
     (tmp_path / "cut/pass_rates-0.jsonl").write_text("\n".join(found[:6])[:-30])
-    make_pairs(arguments(PairsArguments, tmp_path / "cut", policy, prompts, rollouts=12, batch_size=3))
+    make_pairs(arguments(PairsArguments, tmp_path / "cut", policy, prompts, rollouts=32, batch_size=3))
     assert lines_of(tmp_path / "cut/pairs.jsonl") == pairs
     assert len(lines_of_whole(tmp_path / "cut/pass_rates-0.jsonl")) == 12
     with pytest.raises(OmniInputError, match="at_least is 99"):
-        make_pairs(arguments(PairsArguments, tmp_path / "cut", policy, prompts, rollouts=12, at_least=99))
+        make_pairs(arguments(PairsArguments, tmp_path / "cut", policy, prompts, rollouts=32, at_least=99))
 
 
 def lines_of_whole(path) -> list[str]:
@@ -173,6 +177,26 @@ def test_rows_that_cannot_be_graded_are_named(tmp_path):
     file.write_text('{"prompt": "?", "answer": "5,5", "verifier": "gui-coordinate"}\n')
     with pytest.raises(OmniInputError, match=r"row 1: no prediction can score 1"):
         read_rows([{"path": str(file)}])
+
+
+def test_every_config_loads_and_feeds_its_stage():
+    for scale in ("nano", "30b"):
+        outputs = set()
+        for file in sorted((ROOT / "configs" / scale / "rl").glob("*.yaml")):
+            text, settings = file.read_text(), yaml.safe_load(file.read_text())
+            cls = {"pairs": PairsArguments, "filter": FilterArguments}.get(settings["stage"])
+            if cls is None:
+                continue
+            for line in text.splitlines():
+                assert line.startswith(("#", "  ", "data:")) or " # " in line, f"{file}: {line}: no comment"
+            args = load_arguments(cls, ["--config", str(file)])
+            outputs.add(f"{args.output_dir}/{'pairs' if cls is PairsArguments else 'prompts'}.jsonl")
+            stage = "mpo" if cls is PairsArguments else file.stem.removeprefix("filter_")
+            trained = yaml.safe_load((file.parent / f"{stage}.yaml").read_text())
+            assert args.model == trained["model"], file  # the initial policy of the stage
+        wanted = [yaml.safe_load(p.read_text()) for p in (ROOT / "configs/nano/rl").glob("*.yaml") if scale == "nano"]
+        wanted = {one["path"] for settings in wanted for one in settings["data"]}
+        assert {path for path in wanted if "/data/" in path} <= outputs
 
 
 # ---------------------------------------------------------------------------------------------------- nano prompts
