@@ -158,9 +158,14 @@ def sample_completions(model, processor, rows: list[dict], n: int, args) -> list
         rows: with "prompt", "prompt_opened_think" (default True: the generation prompt opens `<think>`).
         args: `RolloutArguments`.
     """
-    prompts = [
-        encode_prompt(row, processor, args, row.get("prompt_opened_think", True), args.prompt_tokens) for row in rows
-    ]
+    prompts = []
+    for row in rows:
+        try:
+            thinking = row.get("prompt_opened_think", True)
+            prompts.append(encode_prompt(row, processor, args, thinking, args.prompt_tokens))
+        except OmniInputError as error:
+            name = row.get("id") or json.dumps(row["prompt"], default=lambda part: type(part).__name__)[:200]
+            raise OmniInputError(f"row {name}: {error}") from error
     with torch.no_grad():
         features = [encode_media(model, prompt) for prompt in prompts]
     seeds = [[answer_seed(args.seed, row, number) for number in range(n)] for row in rows]

@@ -110,7 +110,8 @@ def run(folder, loaded, capfd, monkeypatch):
     def main(command, *arguments, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capfd.readouterr()
-        code = infer.main([command, *(() if "--model" in arguments else ("--model", folder)), *arguments])
+        given = () if {"--model", "--models"} & set(arguments) else ("--model", folder)
+        code = infer.main([command, *given, *arguments])
         return code, *capfd.readouterr()
 
     return main
@@ -582,7 +583,7 @@ def test_compare_prints_and_writes_paired_tables(run, folder, tmp_path, monkeypa
     saved = json.loads(out.read_text())
     assert saved["models"] == [folder, folder] and saved["versions"]["torch"] == torch.__version__
     assert [row["difference"] for row in saved["comparisons"][0]["table"]] == pytest.approx([-4 / 6, 4 / 6, 0])
-    code, _, err = run("compare", "--models", folder)
+    code, _, err = run("compare", "--models", folder, "--skills", "text_sum")
     assert code == 2 and "needs two or more" in err
 
 
