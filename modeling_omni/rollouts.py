@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import LogitsProcessor
 
 from .checkpointing import write_atomically
 from .configuration_omni import resolve_checkpoint
 from .data import Source, check_sources, hashed
 from .data_adapters import KINDS, adapt_prompt
+from .distributed import make_accelerator
 from .filtering import (
     ABSTAIN_SHARE,
     BANDS,
@@ -277,7 +277,7 @@ def measured_rows(args: RolloutArguments, rows: list[dict], texts: bool = False)
     """Scores of all rows' rollouts (`measure_pass_rates`), shared out over the processes; None but on process 0."""
     if args.reward not in REWARDS:
         raise OmniInputError(f"reward is {args.reward!r}; use one of {', '.join(REWARDS)}")
-    state = PartialState()
+    state = make_accelerator()
     folder = Path(args.output_dir)
     settings = {name: getattr(args, name) for name in ("temperature", "top_p", "completion_tokens", "seed")}
     settings |= {name: getattr(args, name) for name in ("max_frames", "dtype")}
