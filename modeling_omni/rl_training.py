@@ -434,7 +434,7 @@ def load_configs(name: str) -> tuple[OmniConfig, GenerationConfig | None]:
 def open_stage(args: RLArguments) -> Stage:
     """The folder, the processor and the model to train: where a killed run was, or at the stage's start."""
     check_arguments(args)
-    folder, state = Path(args.output_dir), PartialState()
+    folder, state = Path(args.output_dir), PartialState(cpu=not torch.cuda.is_available())
     folder.mkdir(parents=True, exist_ok=True)
     resumed, saved = find_checkpoint(state, folder)
     if left := sorted(folder.glob("checkpoint-*")):
