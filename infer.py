@@ -1,4 +1,4 @@
-"""Inference from the command line: ask a question, chat, measure the nano skills, or merge a LoRA adapter."""
+"""Inference from the command line: ask, chat, measure the nano skills, compare models on them, or merge an adapter."""
 
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   python infer.py ask --model nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16 --think --video talk.mp4 "Summarise."
   python infer.py chat
   python infer.py eval --suite nano --samples 100 --out table.json
+  python infer.py compare --models nano runs/nano/rl/omni_rl/final --samples 100 --out compared.json
   python infer.py merge --adapter runs/lora/final --out merged
 """
 
@@ -51,14 +52,15 @@ def number(kind, fits, bounds: str):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    model = argparse.ArgumentParser(add_help=False)
-    group = model.add_argument_group("model")
-    group.add_argument("--model", default="nano", help="nano (shipped), a checkpoint folder or a Hugging Face id")
+    runtime = argparse.ArgumentParser(add_help=False)
+    group = runtime.add_argument_group("model")
     group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
                        help="auto: as stored (nano on a CPU: float32)")  # fmt: skip
     group.add_argument("--device", default="auto", help="auto (all GPUs, else CPU), cpu, cuda, cuda:1, mps ...")
     group.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
                        help="attention kernel (default: the best that transformers finds)")  # fmt: skip
+    model = argparse.ArgumentParser(add_help=False, parents=[runtime])
+    model.add_argument("--model", default="nano", help="nano (shipped), a checkpoint folder or a Hugging Face id")
 
     media = argparse.ArgumentParser(add_help=False)
     group = media.add_argument_group("media")
@@ -92,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval | merge")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval | compare | merge")
 
     ask = commands.add_parser(
         "ask", parents=[model, media, generation], help="one question about any mix of media",
@@ -117,16 +119,26 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", parents=[model], help="held-out accuracy of the nano skills",
         description="Held-out accuracy of the nano skills, as a Markdown table on stdout.",
     )  # fmt: skip
-    evaluate.add_argument("--suite", choices=("nano",), default="nano", help="which tests (default: nano)")
-    evaluate.add_argument("--skills", help="comma-separated (default: all)")
-    evaluate.add_argument("--samples", type=positive, default=100, help="held-out samples per skill (default: 100)")
-    evaluate.add_argument("--seed", type=int, default=10**6, help="seed of the first sample (default: 1000000)")
-    evaluate.add_argument("--think", action=argparse.BooleanOptionalAction,
-                          help="reason before the answer (default: in text_math only)")  # fmt: skip
-    evaluate.add_argument("--batch-size", type=positive, default=25, help="prompts at a time (default: 25)")
-    evaluate.add_argument("--without", choices=("sound", "picture"), help="take it out of the prompts first")
-    evaluate.add_argument("--out", metavar="FILE", help="also write the table, with settings and versions, as JSON")
     evaluate.set_defaults(run=run_eval)
+
+    compare = commands.add_parser(
+        "compare", parents=[runtime], help="models on the same held-out prompts", allow_abbrev=False,
+        description="What changed from the first model to each of the others on the same held-out prompts of the nano "
+        "skills: paired differences with 95 % intervals and McNemar's exact test, as Markdown tables on stdout.",
+    )  # fmt: skip
+    compare.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="two or more, the first is the "
+                         "one that the others are compared with")  # fmt: skip
+    compare.set_defaults(run=run_compare)
+    for command in (evaluate, compare):
+        command.add_argument("--suite", choices=("nano",), default="nano", help="which tests (default: nano)")
+        command.add_argument("--skills", help="comma-separated (default: all)")
+        command.add_argument("--samples", type=positive, default=100, help="held-out samples per skill (default: 100)")
+        command.add_argument("--seed", type=int, default=10**6, help="seed of the first sample (default: 1000000)")
+        command.add_argument("--think", action=argparse.BooleanOptionalAction,
+                             help="reason before the answer (default: in text_math only)")  # fmt: skip
+        command.add_argument("--batch-size", type=positive, default=25, help="prompts at a time (default: 25)")
+        command.add_argument("--without", choices=("sound", "picture"), help="take it out of the prompts first")
+        command.add_argument("--out", metavar="FILE", help="also write it, with settings and versions, as JSON")
 
     merge = commands.add_parser(
         "merge", help="a LoRA adapter into its base: a whole checkpoint",
@@ -337,7 +349,33 @@ def chat_turn(model, processor, chat: dict, text: str, options) -> None:
     note(f"({stopped}prompt {tokens}; answer {result['generated_tokens']} tokens, {result['seconds']:.1f} s)", dim=True)
 
 
-def run_eval(options) -> int:
+def measure_skills(options, outcomes: bool = False) -> tuple[list[dict], str]:
+    """Held-out table of `options.model`, and the device it was made on."""
+    from modeling_omni.evaluation import heldout_table
+    from modeling_omni.nano_data import SKILLS
+
+    skills = [skill.strip() for skill in options.skills.split(",")] if options.skills else list(SKILLS)
+    model, processor = load_model(options)
+    table = heldout_table(
+        model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True,
+        without=options.without, outcomes=outcomes,
+    )  # fmt: skip
+    return table, str(model.device)
+
+
+def check_writable(path: str | None) -> None:
+    """Before the work, not after it."""
+    from modeling_omni.media import OmniInputError
+
+    if path:
+        try:
+            open(path, "a").close()
+        except OSError as error:
+            raise OmniInputError(f"--out {path}: cannot be written ({error.strerror})") from error
+
+
+def write_result(options, names: tuple[str, ...], started: float, device: str, **result) -> None:
+    """The result as JSON, with the settings under `names` and the versions."""
     import platform
     import time
 
@@ -345,36 +383,60 @@ def run_eval(options) -> int:
     import transformers
 
     from modeling_omni import __version__
-    from modeling_omni.evaluation import heldout_table, markdown_table
-    from modeling_omni.media import OmniInputError
-    from modeling_omni.nano_data import SKILLS
 
-    if options.out:  # before the work, not after it
-        try:
-            open(options.out, "a").close()
-        except OSError as error:
-            raise OmniInputError(f"--out {options.out}: cannot be written ({error.strerror})") from error
-    skills = [skill.strip() for skill in options.skills.split(",")] if options.skills else list(SKILLS)
-    model, processor = load_model(options)
+    about = {name: getattr(options, name) for name in names}
+    about |= {"seconds": round(time.monotonic() - started, 1), "device": device, "decoding": "greedy"}
+    about["versions"] = {
+        "modeling_omni": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    with open(options.out, "w") as file:
+        json.dump(about | result, file, indent=1)
+
+
+def run_eval(options) -> int:
+    import time
+
+    from modeling_omni.evaluation import markdown_table
+
+    check_writable(options.out)
     started = time.monotonic()
-    table = heldout_table(
-        model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True,
-        without=options.without,
-    )  # fmt: skip
+    table, device = measure_skills(options)
     print(markdown_table(table), flush=True)
     if options.out:
-        about = {
-            name: getattr(options, name) for name in ("model", "suite", "samples", "seed", "think", "dtype", "without")
-        }
-        about |= {"seconds": round(time.monotonic() - started, 1), "device": str(model.device), "decoding": "greedy"}
-        about["versions"] = {
-            "modeling_omni": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        }
-        with open(options.out, "w") as file:
-            json.dump(about | {"table": table}, file, indent=1)
+        names = ("model", "suite", "samples", "seed", "think", "dtype", "without")
+        write_result(options, names, started, device, table=table)
+    return 0
+
+
+def run_compare(options) -> int:
+    import time
+
+    from modeling_omni.comparison import POWERED, paired_markdown, paired_table
+    from modeling_omni.media import OmniInputError
+
+    check_writable(options.out)
+    if len(options.models) < 2:
+        raise OmniInputError("--models needs two or more, the first is the one that the others are compared with")
+    started, tables, comparisons = time.monotonic(), [], []
+    for name in options.models:  # one in memory at a time
+        options.model = name
+        table, device = measure_skills(options, outcomes=True)
+        tables.append(table)
+    for row in tables[0]:
+        if "skipped" in row:
+            note(f"{row['skill']} is left out: {row['skipped']}")
+    for name, table in zip(options.models[1:], tables[1:]):
+        rows = paired_table(tables[0], table)
+        print(paired_markdown(rows, options.models[0], name), flush=True)
+        comparisons.append({"first": options.models[0], "second": name, "table": rows})
+        if rows and rows[-1]["samples"] < POWERED:
+            note(f"{rows[-1]['samples']} prompts; give {POWERED} or more to tell small changes from chance")
+    if options.out:
+        names = ("models", "suite", "samples", "seed", "think", "dtype", "without")
+        write_result(options, names, started, device, comparisons=comparisons)
     return 0
 
 
@@ -393,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     from modeling_omni.media import OmniInputError
 
     logging.set_verbosity_error()
-    if not sys.stderr.isatty() or options.model == "nano":
+    if not sys.stderr.isatty() or "nano" in (getattr(options, "model", None), *getattr(options, "models", ())):
         logging.disable_progress_bar()
     try:
         return options.run(options)

@@ -2,8 +2,14 @@
 
 Commands:
     sft     one supervised stage (paper 3.1); with --check-data it only reads the data and reports on them
+    mpo     one stage of preference optimization on pairs of answers (paper 3.2.1)
+    gspo    one stage of reinforcement learning with verifiable rewards (paper 3.2.2 to 3.2.5)
+    distill one stage of on-policy distillation from a teacher per domain
+    filter  keeps the prompts whose pass rate under a stage's initial policy is right (paper 3.2.3, 3.2.4)
+    pairs   preference pairs by rejection sampling, for `mpo`
     tower   pre-training of nano's vision or audio tower on dense labels
-    recipe  several configs, one after the other, and the report: `train.py recipe CONFIG... [--launch ACCELERATE_YAML]`
+    recipe  configs of any of these, one after the other: `train.py recipe CONFIG... [--launch ACCELERATE_YAML]`
+    rl      the same
     report  what every skill scored after every stage, as a table and a plot
     plan    memory, batches and steps of stages on given GPUs; computes, trains nothing
 
@@ -15,36 +21,58 @@ import subprocess
 import sys
 from pathlib import Path
 
+# what a stage of a recipe may be -> the file of its output_dir that is written last
+FINISHED = {
+    "sft": "final/README.md",
+    "mpo": "final/README.md",
+    "gspo": "final/README.md",
+    "distill": "final/README.md",
+    "filter": "prompts.jsonl",
+    "pairs": "pairs.jsonl",
+    "tower": "step-{steps}",
+}
+
 
 def recipe(argv: list[str]) -> None:
-    """Trains every config that has not finished yet, in order; killed, the same command goes on where it was."""
+    """Runs every config that has not finished yet, in order, with the command that its key `stage` names (without one:
+    `tower` where it has that key, else `sft`); killed, the same command goes on where it was. After every stage: what
+    the held-out skills scored and how rewards rose."""
     import yaml
 
-    from modeling_omni.reporting import report_command
+    from modeling_omni.reporting import report_stages
 
     parser = argparse.ArgumentParser(prog="train.py recipe", description=recipe.__doc__)
-    parser.add_argument("configs", nargs="+", type=Path, help="YAML files of `sft` stages and of `tower`s")
+    parser.add_argument("configs", nargs="+", type=Path, help=f"YAML files of stages: {', '.join(FINISHED)}")
     parser.add_argument("--launch", help="accelerate config for the stages (towers train in one process)")
     parser.add_argument("--plot", help="draw the held-out accuracy after every stage into this file")
+    parser.add_argument("--before", nargs="+", default=[], metavar="RUN", help="results to show in front: output "
+                        "folders, or JSON files of `infer.py eval --out`")  # fmt: skip
     options = parser.parse_args(argv)
     stages = []
-    for path in options.configs:
+    for path in options.configs:  # all of them before the first one runs
         settings = yaml.safe_load(path.read_text())
-        folder, is_tower = Path(settings["output_dir"]), "tower" in settings
-        finished = folder / (f"step-{settings['steps']}" if is_tower else "final/config.json")
-        if not is_tower:
-            stages.append(str(folder))
+        command = settings.get("stage") or ("tower" if "tower" in settings else "sft")
+        if command not in FINISHED:
+            sys.exit(f"{path}: stage is {command!r}; known: {', '.join(FINISHED)}")
+        folder = Path(settings["output_dir"])
+        stages.append((path, command, folder, folder / FINISHED[command].format(steps=settings.get("steps"))))
+    shown = list(options.before)
+    for path, command, folder, finished in stages:
+        if command not in ("tower", "filter", "pairs"):
+            shown.append(str(folder))
         if finished.exists():
             print(f"{path}: {finished} exists, nothing to do", flush=True)
             continue
         launch = [sys.executable]
-        if options.launch and not is_tower:
+        if options.launch and command != "tower":
             launch += ["-m", "accelerate.commands.launch", "--config_file", options.launch]
-        command = [*launch, __file__, "tower" if is_tower else "sft", "--config", str(path)]
-        print(" ".join(command), flush=True)
-        if subprocess.run(command).returncode != 0:
+        line = [*launch, __file__, command, "--config", str(path)]
+        print(" ".join(line), flush=True)
+        if subprocess.run(line).returncode != 0:
             sys.exit(f"{path} failed; mend it and run the same command again, finished stages are kept")
-    report_command([*stages, *(["--plot", options.plot] if options.plot else [])])
+        if shown[-1:] == [str(folder)] and path != stages[-1][0]:
+            report_stages(shown, options.plot)
+    report_stages(shown, options.plot)
 
 
 def main() -> None:
@@ -57,12 +85,37 @@ def main() -> None:
         from modeling_omni.training import SFTArguments, load_arguments, train_sft
 
         train_sft(load_arguments(SFTArguments, argv))
+    elif command == "mpo":
+        from modeling_omni.mpo import MPOArguments, train_mpo
+        from modeling_omni.training import load_arguments
+
+        train_mpo(load_arguments(MPOArguments, argv))
+    elif command == "gspo":
+        from modeling_omni.gspo import GSPOArguments, train_gspo
+        from modeling_omni.training import load_arguments
+
+        train_gspo(load_arguments(GSPOArguments, argv))
+    elif command == "distill":
+        from modeling_omni.distillation import DistillArguments, train_distill
+        from modeling_omni.training import load_arguments
+
+        train_distill(load_arguments(DistillArguments, argv))
+    elif command == "filter":
+        from modeling_omni.rollouts import FilterArguments, filter_prompts
+        from modeling_omni.training import load_arguments
+
+        print(filter_prompts(load_arguments(FilterArguments, argv)) or "", flush=True)
+    elif command == "pairs":
+        from modeling_omni.pairs import PairsArguments, make_pairs
+        from modeling_omni.training import load_arguments
+
+        print(make_pairs(load_arguments(PairsArguments, argv)) or "", flush=True)
     elif command == "tower":
         from modeling_omni.pretraining import TowerArguments, pretrain_tower
         from modeling_omni.training import load_arguments
 
         pretrain_tower(load_arguments(TowerArguments, argv))
-    elif command == "recipe":
+    elif command in ("recipe", "rl"):
         recipe(argv)
     elif command == "report":
         from modeling_omni.reporting import report_command

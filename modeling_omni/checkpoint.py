@@ -6,6 +6,10 @@ NVIDIA's tools take a fine-tune as they take the original. Experts are one tenso
 parameters per layer in memory.
 """
 
+import re
+from collections.abc import Iterator
+
+import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
@@ -40,3 +44,20 @@ def register_released_layout(model_type: str) -> None:
             )
         )
     register_checkpoint_conversion_mapping(model_type, rules, overwrite=True)
+
+
+def released_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """One of our parameters -> released name and tensor, as `save_pretrained` writes them; stacked experts one by one.
+
+    For engines that take weights by name while training goes on (vLLM).
+    """
+    for released, ours in RENAMES:
+        if name.startswith(ours):
+            name = re.sub(r"\\(.)", r"\1", released.strip("^")) + name[len(ours) :]
+            break
+    layer, stacked, part = name.partition(".mixer.experts.")
+    if stacked and tensor.dim() == 3:
+        for number, expert in enumerate(tensor):
+            yield f"{layer}{stacked}{number}.{part}.weight", expert
+    else:
+        yield name, tensor

@@ -29,7 +29,7 @@ CHANGEABLE = (
     *("output_dir", "steps", "train_tokens", "learning_rate", "group_learning_rates", "min_learning_rate"),
     *("warmup_fraction", "weight_decay", "max_grad_norm", "max_skipped", "max_bad_share", "recompute", "save_every"),
     *("final_dtype", "eval_every", "eval_skills", "eval_samples", "eval_data", "eval_rows", "previews", "log_every"),
-    "report_to",
+    *("report_to", "log_samples", "max_starved"),
 )
 
 
@@ -50,8 +50,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def find_checkpoint(accelerator, folder: Path, args) -> tuple[Path | None, dict]:
-    """The checkpoint to go on from, the same on every process, and what this process wrote into it."""
+def find_checkpoint(accelerator, folder: Path, context_parallel: int = 1) -> tuple[Path | None, dict]:
+    """The checkpoint to go on from, the same on every process, and what this process wrote into it.
+
+    Args:
+        accelerator: of accelerate, or its PartialState.
+    """
     from accelerate.utils import broadcast_object_list
 
     if accelerator.is_main_process:
@@ -64,10 +68,10 @@ def find_checkpoint(accelerator, folder: Path, args) -> tuple[Path | None, dict]
         return None, {"step": 0, "data": None}
     file = resumed / f"state-{accelerator.process_index}.json"
     saved = json.loads(file.read_text()) if file.is_file() else {"processes": None}
-    if saved["processes"] != [accelerator.num_processes, args.context_parallel]:
+    if saved["processes"] != [accelerator.num_processes, context_parallel]:
         raise OmniInputError(
             f"{resumed} was not written by {accelerator.num_processes} processes with context_parallel "
-            f"{args.context_parallel} on a disk that all of them see: resume as it was started, or start a new run "
+            f"{context_parallel} on a disk that all of them see: resume as it was started, or start a new run "
             "from its weights (`model:`)"
         )
     return resumed, saved
@@ -97,11 +101,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def write_checkpoint(accelerator, folder: Path, model, optimizers: list, state: dict) -> None:
+def write_checkpoint(
+    accelerator, folder: Path, model, optimizers: list, state: dict, files: dict[str, str] | None = None
+) -> None:
     """Writes `folder/step-N` under another name first, so that a kill or a full disk leaves the last good one.
 
     Args:
         state: "step" and the position in the data ("data": one per process), saved as JSON.
+        files: name -> text of further files.
     """
     target, partial = folder / f"step-{state['step']}", folder / f"partial-{state['step']}"
     sharded = distributed.is_sharded(accelerator)
@@ -118,6 +125,9 @@ def write_checkpoint(accelerator, folder: Path, model, optimizers: list, state: 
             distributed.save_state(model, partial)
         elif accelerator.is_main_process:
             save_optimizers(optimizers, partial / "optimizer.safetensors")
+        if accelerator.is_main_process:
+            for name, text in (files or {}).items():
+                (partial / name).write_text(text)
         (partial / f"state-{accelerator.process_index}.json").write_text(json.dumps(state))
     except (OSError, SafetensorError) as error:
         if accelerator.num_processes == 1:

@@ -167,14 +167,14 @@ def open_file(file: str, spec: dict):
 
 
 class Source:
-    """Rows of one source by number, as {"messages", "tools"}.
+    """Rows of one source by number, as {"messages", "tools"}, or as another function than `adapt_row` makes them.
 
     Raises:
         OmniInputError: a file that is not there, without rows, or (for one row) what is wrong with it, by file and row.
     """
 
-    def __init__(self, spec: dict, split: str = "train"):
-        self.spec, path = spec, spec["path"]
+    def __init__(self, spec: dict, split: str = "train", adapt=adapt_row):
+        self.spec, self.adapt, path = spec, adapt, spec["path"]
         if path.startswith("nano:"):
             self.parts = [(path, NanoRows(path.removeprefix("nano:"), split))]
         elif path.startswith("datasets:"):
@@ -196,14 +196,14 @@ class Source:
     def __getitem__(self, number: int) -> dict:
         file, row = self.name(number)
         rows = self.parts[bisect_right(self.ends, number)][1]
-        return finish_row(lambda: rows[row - 1], self.spec, file, row)
+        return finish_row(lambda: rows[row - 1], self.spec, file, row, self.adapt)
 
 
-def finish_row(read, spec: dict, file: str, row: int) -> dict:
+def finish_row(read, spec: dict, file: str, row: int, adapt=adapt_row) -> dict:
     """A row read and adapted; whatever is wrong with it is said with its file and number."""
     folder = None if file.startswith(("nano:", "datasets:")) else Path(file).parent
     try:
-        return adapt_row(read(), spec.get("format"), spec.get("template", "mixed"), folder)
+        return adapt(read(), spec.get("format"), spec.get("template", "mixed"), folder)
     except Exception as error:  # RecursionError of json, Arrow's errors, ...: one row does not end a run
         kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
         raise OmniInputError(f"{file}, row {row}: {kind}{error}") from error
@@ -349,9 +349,10 @@ class Blend(Dataset):
         sources: dicts with the keys of SOURCE_KEYS.
         seed: of the order.
         split: split of the `nano:` sources.
+        adapt: what makes rows of what is read (`adapt_row`, `adapt_prompt`).
     """
 
-    def __init__(self, sources: list[dict], seed: int = 0, split: str = "train"):
+    def __init__(self, sources: list[dict], seed: int = 0, split: str = "train", adapt=adapt_row):
         check_sources(sources)
         measured = [source for source in sources if source.get("mean_tokens")]
         if measured and len(measured) < len(sources):
@@ -361,7 +362,7 @@ class Blend(Dataset):
         ends = [int(end / sum(shares) * TURN) for end in accumulate(shares)]
         self.bounds = [0, *ends[:-1], TURN]
         self.offset = hashed(seed) % TURN
-        self.sources = [None if source.get("streaming") else Source(source, split) for source in sources]
+        self.sources = [None if source.get("streaming") else Source(source, split, adapt) for source in sources]
 
     def __len__(self) -> int:
         return 2**40

@@ -18,6 +18,7 @@ from .prompt_omni import source_keys
 FORMATS = ("messages", "llava", "sharegpt", "swift", "qa")
 TEMPLATES = ("multiple_choice", "open", "mixed")
 KINDS = ("image", "video", "audio")
+_MEDIA_COLUMNS = (*KINDS, *(f"{kind}s" for kind in KINDS))
 _PATH_KEYS = ("path", "url", *KINDS, *(f"{kind}_url" for kind in KINDS))
 _TURNS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TURNS |= {"function_call": "assistant", "observation": "tool", "tool": "tool"}
@@ -72,6 +73,31 @@ def adapt_row(row: dict, form: str | None = None, template: str = "mixed", folde
             raise
         raise OmniInputError(f"not a row of form {form!r} ({type(error).__name__}: {error})") from error
     return {"messages": messages} | ({"tools": tools} if tools else {})
+
+
+def adapt_prompt(row: dict, form: str | None = None, template: str = "mixed", folder: Path | None = None) -> dict:
+    """A row of reinforcement learning, {"prompt", ...}: its prompt as messages whose media have their sources.
+
+    A prompt is text, messages, or either as JSON text; media columns and relative paths as in `adapt_row`. All other
+    fields stay; "args" and "tools" may be JSON text.
+
+    Raises:
+        OmniInputError: no prompt, or one that is malformed.
+    """
+    if not isinstance(row, dict) or not row.get("prompt"):
+        raise OmniInputError("a row needs a 'prompt' (messages or text)")
+    row, prompt = dict(row), row["prompt"]
+    if isinstance(prompt, str):
+        prompt = _parsed(prompt) if prompt.lstrip().startswith("[{") else [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        raise OmniInputError("'prompt' must be text or a list of messages")
+    adapted = adapt_row({"messages": prompt} | {k: row[k] for k in _MEDIA_COLUMNS if k in row}, folder=folder)
+    row["prompt"] = adapted["messages"]
+    if isinstance(row.get("args"), str):
+        row["args"] = _parsed(row["args"])
+    if row.get("tools"):
+        row["tools"] = _parsed(row["tools"])
+    return {key: value for key, value in row.items() if key not in _MEDIA_COLUMNS}
 
 
 def _parsed(value):
@@ -228,4 +254,4 @@ def _right_option(answer, options: list | dict) -> str:
     return meant.pop()
 
 
-__all__ = ["FORMATS", "TEMPLATES", "adapt_row", "question_messages"]
+__all__ = ["FORMATS", "TEMPLATES", "adapt_prompt", "adapt_row", "question_messages"]

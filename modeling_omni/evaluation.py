@@ -85,6 +85,7 @@ def heldout_table(
     progress: bool = False,
     without: str | None = None,
     options: dict | None = None,
+    outcomes: bool = False,
 ) -> list[dict]:
     """One row per skill, on `samples` held-out samples of the seeds from `first_seed` on.
 
@@ -93,6 +94,7 @@ def heldout_table(
         progress: show a bar on stderr.
         without: "sound" or "picture": take it out of the prompts, to see what an answer rests on (`taken_away`).
         options: further arguments of `generate`.
+        outcomes: add "outcomes", whether each answer is right, in the order of the seeds.
 
     Returns:
         [{"skill", "samples", "right", "accuracy", "low", "high" (95 %), "thinking"}], or {"skill", "skipped": reason}
@@ -113,7 +115,7 @@ def heldout_table(
         for skill in skills:
             bar.set_description(skill)
             think = skill in THOUGHT_SKILLS if thinking is None else thinking
-            right, skipped = 0, None
+            passed, skipped = [], None
             for start in range(0, samples, batch_size):
                 seeds = range(first_seed + start, first_seed + min(start + batch_size, samples))
                 try:
@@ -125,16 +127,18 @@ def heldout_table(
                 if without:
                     prompts = [[m | {"content": taken_away(m["content"], without)} for m in one] for one in prompts]
                 answers = answer_batch(model, processor, prompts, think, 64 if think else 40, **(options or {}))
-                right += sum(score(row, answer) for row, answer in zip(rows, answers))
+                passed += [score(row, answer) for row, answer in zip(rows, answers)]
                 bar.update(len(rows))
             if skipped is not None:
                 bar.total -= samples
                 bar.refresh()
                 table.append({"skill": skill, "skipped": skipped})
                 continue
+            right = sum(passed)
             low, high = wilson_interval(right, samples)
             row = {"skill": skill, "samples": samples, "right": right, "accuracy": right / samples}
-            table.append(row | {"low": low, "high": high, "thinking": think})
+            row |= {"low": low, "high": high, "thinking": think}
+            table.append(row | ({"outcomes": passed} if outcomes else {}))
     return table
 
 

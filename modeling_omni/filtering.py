@@ -79,10 +79,15 @@ def row_key(row: dict, policy: str, settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def mismatched_rows(rows: list[dict], count: int, seed: int = 0) -> list[dict]:
+def mismatched_rows(
+    rows: list[dict], count: int, seed: int = 0, fits: Callable[[dict, dict], bool] | None = None
+) -> list[dict]:
     """Unanswerable prompts made of two: the words of one row with the media of another that has the same kinds.
 
     Meant for questions about what is in the medium; a question that any picture answers stays answerable.
+
+    Args:
+        fits: (row with the words, row with the media) -> whether these words cannot be answered from those media.
 
     Returns:
         Up to `count` new rows, with gold answer "unanswerable" and verifier string_match.
@@ -96,7 +101,7 @@ def mismatched_rows(rows: list[dict], count: int, seed: int = 0) -> list[dict]:
         order = rng.sample(pool, len(pool))
         for row, other in zip(order, order[1:] + order[:1]):
             donors = media_parts(other["prompt"])
-            if other is row or donors == media_parts(row["prompt"]):
+            if other is row or donors == media_parts(row["prompt"]) or (fits is not None and not fits(row, other)):
                 continue
             left, prompt = iter(donors), []
             for message in row["prompt"]:
@@ -116,13 +121,15 @@ def mismatched_rows(rows: list[dict], count: int, seed: int = 0) -> list[dict]:
 
 
 def read_scores(folder: Path) -> dict[str, dict]:
-    """key -> {"scores", "abstained"} of all files in the folder; a line cut off by a kill is left out."""
+    """key -> {"scores", "abstained", "completions" (where kept)} of all files; a line cut off by a kill is left out."""
     found = {}
     for path in sorted(folder.glob("pass_rates-*.jsonl")):
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)
-                found[record["key"]] = {"scores": record["scores"], "abstained": record["abstained"]}
+                scores = {"scores": record["scores"], "abstained": record["abstained"]}
+                kept = {"completions": record["completions"]} if "completions" in record else {}
+                found[record["key"]] = found.get(record["key"], {}) | scores | kept
             except (ValueError, KeyError, TypeError):
                 continue
     return found
@@ -139,6 +146,8 @@ def measure_pass_rates(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
+    reward: str = "answer",
+    texts: bool = False,
 ) -> list[dict | None]:
     """Scores of every row's rollouts, generated where the folder does not hold them yet.
 
@@ -149,20 +158,23 @@ def measure_pass_rates(
         settings: sampling settings, as the scores depend on them.
         rank, world_size: this process works on every `world_size`-th row; once all have finished, `measure_pass_rates`
             called again returns the scores of all rows from the files.
+        reward: what is graded, see `grade`.
+        texts: keep the completions too.
 
     Returns:
-        {"scores": [rollouts], "abstained": int} per row; None for rows that other processes have not finished.
+        {"scores": [rollouts], "abstained": int} per row, with "completions" [rollouts] if `texts`; None for rows that
+        other processes have not finished.
 
     Raises:
         OmniInputError: rows that cannot be told apart later, an unknown verifier, too few completions.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"rollouts": rollouts} | (settings or {})
+    settings = {"rollouts": rollouts, "reward": reward} | (settings or {})
     keys = [row_key(row, policy, settings) for row in rows]
     for row in rows:
         verifier_name(row["verifier"])
-    found = read_scores(folder)
+    found = {key: record for key, record in read_scores(folder).items() if not texts or "completions" in record}
     # equal rows share their scores
     missing = list({keys[i]: i for i in range(rank, len(rows), world_size) if keys[i] not in found}.values())
     path = folder / f"pass_rates-{rank}.jsonl"
@@ -173,10 +185,10 @@ def measure_pass_rates(
         for start in range(0, len(missing), batch_size):
             places = missing[start : start + batch_size]
             completions = generate([rows[i] for i in places], rollouts)
-            if len(completions) != len(places) or any(len(texts) != rollouts for texts in completions):
+            if len(completions) != len(places) or any(len(samples) != rollouts for samples in completions):
                 raise OmniInputError(f"generate must return {rollouts} completions for each of {len(places)} prompts")
-            for i, texts in zip(places, completions):
-                found[keys[i]] = grade(rows[i], texts)
+            for i, samples in zip(places, completions):
+                found[keys[i]] = grade(rows[i], samples, reward) | ({"completions": samples} if texts else {})
                 record = {"key": keys[i], "id": rows[i].get("id"), "source": rows[i].get("source")} | found[keys[i]]
                 file.write(json.dumps(record) + "\n")
             file.flush()
@@ -185,10 +197,14 @@ def measure_pass_rates(
     return [found.get(key) for key in keys]
 
 
-def grade(row: dict, completions: list[str]) -> dict:
-    """Scores of the answers (format does not count) and how many of them abstain."""
+def grade(row: dict, completions: list[str], reward: str = "answer") -> dict:
+    """Scores of the answers (format does not count) and how many of them abstain.
+
+    Args:
+        reward: the trainer's (gspo.py): "answer" or "format" grade the boxed answer, "text" all text after thinking.
+    """
     opened, args = row.get("prompt_opened_think", True), row.get("args") or {}
-    answers = [answer_of(text, row["verifier"], opened) for text in completions]
+    answers = [answer_of(text, row["verifier"], opened, whole=reward == "text") for text in completions]
     scores = [score(row["verifier"], answer, row["answer"], **args) for answer in answers]
     return {"scores": [round(s, 6) for s in scores], "abstained": sum(map(is_abstention, answers))}
 

@@ -40,6 +40,9 @@ MEDIA_INPUTS = (
     "input_features",
     "input_features_mask",
     "audio_clip_counts",
+    "image_features",
+    "video_features",
+    "audio_features",
 )
 
 
@@ -145,6 +148,28 @@ class OmniModel(OmniPreTrainedModel):
         valid = torch.arange(hidden.shape[1], device=hidden.device) < counts.to(hidden.device)[:, None]
         return self.audio_projector(hidden[valid]), counts
 
+    def encode_media(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Media -> {"image_features" | "video_features" | "audio_features": [N, D]}, which `forward` takes instead.
+
+        So that rows which share media (rollouts of one prompt, the two answers of a pair) run the towers once.
+        """
+        features = {}
+        if pixel_values is not None:
+            features["image_features"] = self.get_image_features(pixel_values, image_grid_thw)
+        if pixel_values_videos is not None:
+            features["video_features"] = self.get_video_features(pixel_values_videos, video_grid_thw)
+        if input_features is not None:
+            features["audio_features"] = self.get_audio_features(input_features, input_features_mask)[0]
+        return features
+
     def embed_multimodal(
         self,
         input_ids: torch.Tensor,
@@ -157,6 +182,9 @@ class OmniModel(OmniPreTrainedModel):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_clip_counts: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
         return_types: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Token embeddings with every media feature in its place: [B, S] ids -> [B, S, D].
@@ -164,15 +192,25 @@ class OmniModel(OmniPreTrainedModel):
         With `video_keep_tokens` (EVS) the prompt holds all K placeholders of a video in its first tubelet; after the
         tokens to keep are known they move to the tubelets they belong to. The length never changes, so masks, labels
         and generation are not touched. `return_types` adds what each place of the result is, [B, S] (None: no media).
+        `image_features` and the like are media that `encode_media` has run already, row after row; with them
+        `mm_token_type_ids` must be given.
 
         Raises:
             OmniInputError: features and placeholders do not fit, naming the item, or media without placeholders.
         """
         embeds = self.language_model.embeddings(input_ids)
         types = self._token_types(input_ids, mm_token_type_ids, pixel_values, pixel_values_videos, input_features)
+        encoded = {IMAGE: image_features, VIDEO: video_features, AUDIO: audio_features}
+        features = {kind: tokens for kind, tokens in encoded.items() if tokens is not None}
         if types is None:
+            if features:
+                raise OmniInputError("media features need the processor's mm_token_type_ids, which say where they go")
             return (embeds, None) if return_types else embeds
         types_cpu = types.cpu()
+        for kind, tokens in features.items():
+            if (places := int((types_cpu == kind).sum())) != len(tokens):
+                name = MODALITY_NAMES[kind]
+                raise OmniInputError(f"{len(tokens)} {name} features were given for {places} {name} placeholder tokens")
         merge = self.config.merge_size**2
         for values, grid, name in (
             (pixel_values, image_grid_thw, "image_grid_thw"),
@@ -181,7 +219,6 @@ class OmniModel(OmniPreTrainedModel):
         ):
             if values is not None and grid is None:
                 raise OmniInputError(f"{name} is missing; pass everything that OmniProcessor returned")
-        features = {}
         if pixel_values is not None:
             counts = (image_grid_thw.prod(-1) // merge).tolist()
             check_places(types_cpu == IMAGE, counts, "image")
@@ -257,6 +294,9 @@ class OmniModel(OmniPreTrainedModel):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_clip_counts: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
         """Runs the model.
@@ -267,7 +307,7 @@ class OmniModel(OmniPreTrainedModel):
             seq_idx: [B, S] document numbers of packed rows (see `OmniLanguageModel`).
             prefill_chunk_size: run the language model over the prompt in pieces of this many tokens, with a cache;
                 equal to one pass, with less memory.
-            media inputs: as `OmniProcessor` returns them; see `embed_multimodal`.
+            media inputs: as `OmniProcessor` returns them, or `encode_media`; see `embed_multimodal`.
 
         Returns:
             last_hidden_state [B, S, D] after the final norm; past_key_values when use_cache.
@@ -287,6 +327,9 @@ class OmniModel(OmniPreTrainedModel):
                 input_features,
                 input_features_mask,
                 audio_clip_counts,
+                image_features,
+                video_features,
+                audio_features,
                 return_types=True,
             )
         if use_cache is None:
@@ -426,6 +469,9 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         input_features: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         audio_clip_counts: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
+        audio_features: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Runs the model and its head.
@@ -459,6 +505,9 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
             input_features,
             input_features_mask,
             audio_clip_counts,
+            image_features,
+            video_features,
+            audio_features,
             **kwargs,
         )
         hidden = output.last_hidden_state

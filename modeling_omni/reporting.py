@@ -112,7 +112,9 @@ def heldout_losses(model, processor, args, device) -> dict[str, float]:
     return losses
 
 
-def evaluate(accelerator, model, processor, args, folder: Path, step: int, previews: Previews) -> dict[str, float]:
+def evaluate(
+    accelerator, model, processor, args, folder: Path, step: int, previews: Previews | None
+) -> dict[str, float]:
     """Losses on `eval_data`, previews, and the held-out accuracy of `heldout_skills`: printed, logged and written down.
 
     The processes share the skills out among themselves; with ZeRO-3 there are losses only.
@@ -136,7 +138,7 @@ def evaluate(accelerator, model, processor, args, folder: Path, step: int, previ
         from .evaluation import heldout_accuracy
 
         inside, skills = model_inside(model), heldout_skills(args)
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and previews is not None:
             previews.show(inside, folder, step)
         if skills and args.eval_samples:
             own = skills[accelerator.process_index :: accelerator.num_processes]
@@ -157,52 +159,110 @@ def append_line(path: Path, line: dict) -> None:
         file.write(json.dumps(line, default=str) + "\n")
 
 
-def stage_table(folders: list[str | Path]) -> dict[str, dict[str, float]]:
-    """Stage -> skill -> last held-out accuracy, from the `heldout.jsonl` of runs.
+# metrics of training that a table of stages shows: of GSPO and distillation, and of preference pairs
+TRAINING_METRICS = ("reward", "kl", "rewards/accuracies", "rewards/margins")
+
+
+def stage_table(runs: list[str | Path]) -> dict[str, dict[str, float]]:
+    """Stage -> skill -> last held-out accuracy, from the `heldout.jsonl` of runs or what `infer.py eval --out` wrote.
 
     Raises:
         OmniInputError: a folder without held-out results.
     """
     table = {}
-    for folder in map(Path, folders):
-        file = folder / "heldout.jsonl"
+    for run in map(Path, runs):
+        file = run / "heldout.jsonl"
+        if run.suffix == ".json" and run.is_file():
+            tested = json.loads(run.read_text())["table"]
+            table[run.stem] = {row["skill"]: row["accuracy"] for row in tested if "accuracy" in row}
+            continue
         if not file.is_file():
-            raise OmniInputError(f"{folder} has no heldout.jsonl; give the output_dir of finished runs")
+            raise OmniInputError(f"{run} has no heldout.jsonl; give the output_dir of finished runs")
         last = json.loads(file.read_text().splitlines()[-1])
-        table[folder.name] = {skill: value for skill, value in last.items() if skill != "step"}
+        table[run.name] = {skill: value for skill, value in last.items() if skill != "step"}
     return table
+
+
+def training_curves(run: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (step, value) of a run's `log.jsonl`: TRAINING_METRICS and what stands below "reward/" and "kl/"."""
+    file, curves = Path(run) / "log.jsonl", {}
+    steps: dict[int, dict] = {}  # steps that were run twice, after a kill, stand twice in the log
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        line = json.loads(line)
+        steps.setdefault(line["step"], {}).update(line)
+    for step in sorted(steps):
+        for name, value in steps[step].items():
+            if (name in TRAINING_METRICS or name.startswith(("reward/", "kl/"))) and isinstance(value, (int, float)):
+                curves.setdefault(name, []).append((step, float(value)))
+    return curves
+
+
+def first_and_last(curve: list[tuple[int, float]]) -> tuple[float, float]:
+    """Means of the first and of the last tenth of a curve."""
+    part = max(1, len(curve) // 10)
+    values = [value for _, value in curve]
+    return sum(values[:part]) / part, sum(values[-part:]) / part
+
+
+def stages_markdown(runs: list[str | Path]) -> str:
+    """Held-out skills after every stage, and what training metrics rose from and to in every stage that has some."""
+    table = stage_table([run for run in runs if Path(run).suffix == ".json" or (Path(run) / "heldout.jsonl").is_file()])
+    skills = list(dict.fromkeys(skill for scores in table.values() for skill in scores))
+    lines = []
+    if table:
+        lines += [f"| held out, % | {' | '.join(table)} |", f"|---|{'---:|' * len(table)}"]
+    for skill in skills:
+        cells = [f"{100 * scores[skill]:.0f}" if skill in scores else "" for scores in table.values()]
+        lines.append(f"| {skill} | {' | '.join(cells)} |")
+    curves = {Path(run).name: training_curves(run) for run in runs}
+    curves = {stage: found for stage, found in curves.items() if found}
+    metrics = list(dict.fromkeys(name for found in curves.values() for name in found))
+    if metrics:
+        lines += ["", f"| in training, from -> to | {' | '.join(curves)} |", f"|---|{'---:|' * len(curves)}"]
+    for name in metrics:
+        ends = [first_and_last(found[name]) if name in found else None for found in curves.values()]
+        cells = ["" if end is None else f"{end[0]:.3f} -> {end[1]:.3f}" for end in ends]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def report_command(argv: list[str]) -> None:
     """`train.py report RUN... [--plot FILE.png]`: what every skill scored after every stage, as a table and a plot."""
     parser = argparse.ArgumentParser(prog="train.py report", description=report_command.__doc__)
-    parser.add_argument("runs", nargs="+", help="output folders of stages, in order")
+    parser.add_argument("runs", nargs="+", help="output folders of stages, in order, or JSON files of infer.py eval")
     parser.add_argument("--plot", help="also draw it into this file (.png, .svg)")
     options = parser.parse_args(argv)
-    table = stage_table(options.runs)
-    skills = list(dict.fromkeys(skill for scores in table.values() for skill in scores))
-    print(f"| held out, % | {' | '.join(table)} |\n|---|{'---:|' * len(table)}")
-    for skill in skills:
-        cells = [f"{100 * scores[skill]:.0f}" if skill in scores else "" for scores in table.values()]
-        print(f"| {skill} | {' | '.join(cells)} |")
-    if options.plot:
-        plot_stages(table, skills, options.plot)
+    stage_table(options.runs)  # raises for folders that are no runs
+    report_stages(options.runs, options.plot)
 
 
-def plot_stages(table: dict[str, dict[str, float]], skills: list[str], path: str) -> None:
+def report_stages(runs: list[str | Path], plot: str | None = None) -> None:
+    """Prints `stages_markdown` and draws `plot_stages`; stages that were not tested or rewarded are left out."""
+    print(stages_markdown(runs), flush=True)
+    if plot:
+        plot_stages(runs, plot)
+
+
+def plot_stages(runs: list[str | Path], path: str) -> None:
     """A cell per skill and stage, the darker the better; a panel for every modality (first word of a skill's name) with
-    many skills, one for the rest."""
+    many skills, one for the rest; and one of the rewards in training, step after step."""
     from matplotlib.figure import Figure
 
-    kinds = {skill.split("_")[0]: [] for skill in skills}
-    for skill in skills:
-        kinds[skill.split("_")[0]].append(skill)
+    table = stage_table([run for run in runs if Path(run).suffix == ".json" or (Path(run) / "heldout.jsonl").is_file()])
+    kinds = {}
+    for skill in dict.fromkeys(skill for scores in table.values() for skill in scores):
+        kinds.setdefault(skill.split("_")[0], []).append(skill)
     panels = [own for own in kinds.values() if len(own) > 6]
     panels += [rest] if (rest := [skill for own in kinds.values() if len(own) <= 6 for skill in own]) else []
-    rows = max(map(len, panels))
-    size = (max(4.0, len(panels) * (1.6 + 0.4 * len(table))), 1.2 + 0.27 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    for axes, own in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    curves = {Path(run).name: training_curves(run).get("reward") for run in runs}
+    curves = {stage: curve for stage, curve in curves.items() if curve}
+    columns = len(panels) + bool(curves)
+    if not columns:
+        return
+    rows = max(map(len, panels), default=10)
+    figure = Figure(figsize=(max(4.0, columns * (1.6 + 0.4 * len(table))), 1.2 + 0.27 * rows), layout="constrained")
+    every = figure.subplots(1, columns, squeeze=False)[0]
+    for axes, own in zip(every, panels):
         cells = [[100 * scores.get(skill, float("nan")) for scores in table.values()] for skill in own]
         axes.imshow(cells, cmap="Blues", vmin=0, vmax=100, aspect="auto")
         for y, values in enumerate(cells):
@@ -214,12 +274,20 @@ def plot_stages(table: dict[str, dict[str, float]], skills: list[str], path: str
         axes.set_ylim(rows - 0.5, -0.5)  # cells of all panels are of one size
         axes.tick_params(length=0, labelsize=9, top=False, labeltop=True, labelbottom=False)
         axes.spines[:].set_visible(False)
+    start = 0
+    for stage, curve in curves.items():
+        steps = [start + step for step, _ in curve]
+        every[-1].plot(steps, [100 * value for _, value in curve], linewidth=1, label=stage)
+        every[-1].set(title="reward in training", xlabel="step", ylim=(0, 101))
+        every[-1].legend(fontsize=7)
+        start = steps[-1]
     figure.suptitle("held-out accuracy after every stage, %")
     figure.savefig(path, dpi=110)
 
 
-def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
-    """`final/README.md`: from what, on what and how the model was trained, and what it scored."""
+def write_model_card(folder: Path, args, table: dict[str, float], how: str | None = None) -> None:
+    """`final/README.md`: from what, on what and how (command and size of a step) the model was trained, its scores."""
+    how = how or f"`train.py sft`: {args.steps} steps of {args.global_batch_size} rows of {args.row_tokens} tokens"
     start = args.model or f"random weights ({args.model_config})"
     shares = sum(float(source.get("weight", 1.0)) for source in args.data)
     kind, trained = "Weights", ", ".join(args.train)
@@ -234,9 +302,8 @@ def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
         "",
         f"# {Path(args.output_dir).name}",
         "",
-        f"{kind} trained from {start} with `train.py sft`: {args.steps} steps"
-        f" of {args.global_batch_size} rows of {args.row_tokens} tokens. Every setting is in `config.resolved.yaml`"
-        " of the run, the loss in `log.jsonl`.",
+        f"{kind} trained from {start} with {how}. Every setting is in `config.resolved.yaml` of the run, the loss in"
+        " `log.jsonl`.",
         "",
         f"Trained: {trained}. Peak learning rate {args.learning_rate:g}.",
         "",
@@ -250,4 +317,12 @@ def write_model_card(folder: Path, args, table: dict[str, float]) -> None:
     (folder / "final" / "README.md").write_text("\n".join(lines) + "\n")
 
 
-__all__ = ["Previews", "RouterLoad", "evaluate", "parameter_table", "report_command", "write_model_card"]
+__all__ = [
+    "Previews",
+    "RouterLoad",
+    "evaluate",
+    "parameter_table",
+    "report_command",
+    "report_stages",
+    "write_model_card",
+]

@@ -169,41 +169,54 @@ def options_of(options) -> dict[str, str]:
 
 PAIR = r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?) ?, ?(-?[0-9]{1,30}(?:\.[0-9]{1,30})?)"
 POINT = re.compile(rf" ?(?:\[ ?\( ?{PAIR} ?\) ?\]|\( ?{PAIR} ?\)|\[ ?{PAIR} ?\]|{PAIR}) ?")
+PLAIN_POINT = re.compile(rf" ?\(?{PAIR.replace(' ?, ?', '(?: ?, ?| )')}\)?[.]? ?")
 
 
-def first_point(text: str) -> tuple[tuple[float, float] | None, int]:
-    """(the first `<point>`'s x and y in thousandths, or None; how many further points were begun or ended)."""
+def first_point(text: str, scale: float = 1000, tagged: bool = True) -> tuple[tuple[float, float] | None, int]:
+    """(the first `<point>`'s x and y, each in 0..scale, or None; how many further points were begun or ended).
+
+    Without `tagged` a text that is nothing but two numbers is a point too.
+    """
     extra = max(text.count("<point>"), text.count("</point>")) - 1
     start = text.find("<point>")
     end = text.find("</point>", start)
-    if start < 0 or end < 0 or end - start > 500:
+    if not tagged and extra < 0 and len(text) <= 500:
+        match, extra = PLAIN_POINT.fullmatch(" ".join(visible(text).split())), 0
+    elif start < 0 or end < 0 or end - start > 500:
         return None, max(extra, 0)
-    match = POINT.fullmatch(" ".join(visible(text[start + 7 : end]).split()))
+    else:
+        match = POINT.fullmatch(" ".join(visible(text[start + 7 : end]).split()))
     if match is None:
         return None, extra
     x, y = (float(number) for number in match.groups() if number is not None)
-    return ((x, y) if 0 <= x <= 1000 and 0 <= y <= 1000 else None), extra
+    return ((x, y) if 0 <= x <= scale and 0 <= y <= scale else None), extra
 
 
-def click_score(text: str, gold, max_dist: float = MAX_CLICK_DISTANCE) -> tuple[float, int]:
+def click_score(
+    text: str, gold, max_dist: float = MAX_CLICK_DISTANCE, scale: float = 1000, tagged: bool = True
+) -> tuple[float, int]:
     """(score of the first point alone, number of extra points); a point outside the picture scores 0."""
-    point, extra = first_point(text)
+    point, extra = first_point(text, scale, tagged)
     target = point_of(gold)
     if point is None or target is None or not max_dist > 0:
         return 0.0, extra
-    distance = ((point[0] / 1000 - target[0]) ** 2 + (point[1] / 1000 - target[1]) ** 2) ** 0.5
+    distance = ((point[0] / scale - target[0]) ** 2 + (point[1] / scale - target[1]) ** 2) ** 0.5
     return max(0.0, 1 - distance / max_dist) ** 2, extra
 
 
-def gui_coordinate(prediction: str, gold, max_dist: float = MAX_CLICK_DISTANCE) -> float:
+def gui_coordinate(
+    prediction: str, gold, max_dist: float = MAX_CLICK_DISTANCE, scale: float = 1000, tagged: bool = True
+) -> float:
     """(1 - d / max_dist)^2 of the first `<point>[(x, y)]</point>`, times 0.9 for every further point.
 
     Args:
         prediction: x and y in thousandths of the picture's width and height.
         gold: "x,y" (or a pair) as shares of width and height.
         max_dist: Euclidean distance, in the gold's units, from which on the score is 0.
+        scale: what the prediction's numbers count to; 100 for percent.
+        tagged: False takes two numbers alone ("50 60", "(50, 60)") as a point too.
     """
-    score, extra = click_score(prediction, gold, max_dist)
+    score, extra = click_score(prediction, gold, max_dist, scale, tagged)
     return score * EXTRA_FACTOR**extra
 
 
@@ -445,7 +458,8 @@ def format_reward(prediction: str, gold: str, prompt_opened_think: bool = True, 
     contents, dangling = boxes(text)
     if name == "gui_coordinate":
         accuracy, extra_points = click_score(text, answer, **args)
-        extra, one = extra + extra_points, "</point>" in text and extra_points == 0
+        given = "</point>" in text or (not args.get("tagged", True) and first_point(text, tagged=False)[0] is not None)
+        extra, one = extra + extra_points, given and extra_points == 0
     elif name == "asr_wer":
         spoken = contents[0] if len(contents) == 1 else text.replace("</think>", " ")
         accuracy, one = VERIFIERS[name](spoken, answer, **args), bool(text.strip())
@@ -458,15 +472,18 @@ def format_reward(prediction: str, gold: str, prompt_opened_think: bool = True, 
     return (1 - FORMAT_WEIGHT) * accuracy * EXTRA_FACTOR**extra + FORMAT_WEIGHT * (blocks == 1 and one)
 
 
-def answer_of(completion: str, verifier: str, prompt_opened_think: bool = True) -> str:
+def answer_of(completion: str, verifier: str, prompt_opened_think: bool = True, whole: bool = False) -> str:
     """What of a whole completion `score(verifier, ...)` grades: the first box; of clicks, speech and calls the text.
 
     "" where thinking never ends or no box is there. For pass rates and evaluation, where format does not count.
+    `whole` takes the text for every verifier: for a policy that was not taught to box its answers.
     """
     thinking = split_thinking(completion, prompt_opened_think) if len(completion) <= MAX_CHARS else None
     if thinking is None:
         return ""
     text = without_end_marks(thinking[0])
+    if whole:
+        return text.strip()
     if verifier_name(verifier) in ("gui_coordinate", "tool_call"):
         return text
     contents = boxes(text)[0]
@@ -504,7 +521,7 @@ def score(verifier: str, prediction: str | None, gold, **args) -> float:
         prediction: what the policy wrote: for "format" (and "tool_call") the completion with its thinking tags, for the
             others the answer alone (the content of the box).
         gold: the right answer; a list of them for string_match, math and multiple_choice: the best counts.
-        args: of the verifier: rel_tol, options, max_dist, lang, prompt_opened_think.
+        args: of the verifier: rel_tol, options, max_dist, scale, tagged, lang, prompt_opened_think.
 
     Raises:
         OmniInputError: an unknown verifier.

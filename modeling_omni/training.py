@@ -147,6 +147,7 @@ def load_arguments(cls, argv: list[str] | None = None):
     values = {}
     if path is not None:
         values = yaml.safe_load(Path(path).read_text()) or {}
+        values.pop("stage", None)  # the command that the file is for (`train.py recipe` reads it)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -338,7 +339,7 @@ def train_sft(args: SFTArguments) -> None:
     check_arguments(args, world, sharded)
     readers = world // args.context_parallel  # processes with rows of their own
     accumulation = args.global_batch_size // (readers * args.micro_batch_size)
-    resumed, saved = find_checkpoint(accelerator, folder, args)
+    resumed, saved = find_checkpoint(accelerator, folder, args.context_parallel)
     step, resolved = saved["step"], folder / "config.resolved.yaml"
     if resumed:
         resume_settings(args, resolved)

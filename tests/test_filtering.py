@@ -7,6 +7,7 @@ import pytest
 
 from modeling_omni.filtering import (
     BANDS,
+    grade,
     group_of,
     markdown_report,
     measure_pass_rates,
@@ -156,6 +157,34 @@ def test_mismatched_prompts_swap_media_of_one_kind():
         assert one["answer"] == "unanswerable" and "args" not in one
     assert len({one["id"] for one in made}) == 4
     assert len(mismatched_rows(rows, 2)) == 2
+
+
+def test_texts_are_kept_and_what_is_graded_is_part_of_the_key(tmp_path):
+    rows = [row(n, id=n) for n in range(3)]
+    plain = measure_pass_rates(rows, Policy(), tmp_path, policy="p", rollouts=4)
+    with_texts = measure_pass_rates(rows, Policy(), tmp_path, policy="p", rollouts=4, texts=True)
+    assert [m["scores"] for m in plain] == [m["scores"] for m in with_texts] and "completions" not in plain[0]
+    silent = Policy(stop_after=0)
+    assert measure_pass_rates(rows, silent, tmp_path, policy="p", rollouts=4, texts=True) == with_texts
+    assert len(with_texts[1]["completions"]) == 4 and r"\boxed{7}" in with_texts[1]["completions"][0]
+    with pytest.raises(KeyboardInterrupt):
+        measure_pass_rates(rows, silent, tmp_path, policy="p", rollouts=4, reward="text")
+
+
+def test_whole_texts_are_graded_where_nothing_is_boxed():
+    plain = row(0, prompt_opened_think=False)
+    assert grade(plain, ["7<|im_end|>", r"\boxed{7}", "8"])["scores"] == [0.0, 1.0, 0.0]
+    assert grade(plain, ["7<|im_end|>", r"\boxed{7}", "8", "so 7"], "text")["scores"] == [1.0, 1.0, 0.0, 0.0]
+    assert grade(row(0), ["6 + 1 = 7</think>\n7", "7"], "text")["scores"] == [1.0, 0.0]
+    click = plain | {"verifier": "gui-coordinate", "answer": "0.5,0.6", "args": {"scale": 100, "tagged": False}}
+    scores = grade(click, ["50 60", "(50, 60)<|im_end|>", "50 66", "500 600", "at 50 60", "<point>[(50,60)]</point>"])
+    assert scores["scores"] == [1.0, 1.0, 0.36, 0.0, 0.0, 1.0]
+
+
+def test_mismatches_may_be_restricted():
+    rows = [row(n, "image", path=None, id=n, prompt=prompt(f"q {n}", "image", path=str(n))) for n in range(8)]
+    made = mismatched_rows(rows, 8, fits=lambda one, donor: one["id"] % 2 == 0)
+    assert {one["id"].split("|")[0] for one in made} == set("0246")
 
 
 def test_rows_that_cannot_be_remembered_and_broken_generators(tmp_path):

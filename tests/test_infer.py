@@ -28,6 +28,7 @@ from modeling_omni import (
     OmniProcessor,
     OmniVideoProcessor,
 )
+from modeling_omni.comparison import holm, mcnemar_exact, paired_interval
 from modeling_omni.evaluation import answer_batch, heldout_accuracy, markdown_table, wilson_interval
 from modeling_omni.inference import (
     encode,
@@ -109,7 +110,8 @@ def run(folder, loaded, capfd, monkeypatch):
     def main(command, *arguments, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capfd.readouterr()
-        code = infer.main([command, *(() if "--model" in arguments else ("--model", folder)), *arguments])
+        given = () if {"--model", "--models"} & set(arguments) else ("--model", folder)
+        code = infer.main([command, *given, *arguments])
         return code, *capfd.readouterr()
 
     return main
@@ -551,6 +553,66 @@ def test_wilson_interval():
         assert wilson_interval(right, total) == pytest.approx((low, high), abs=2e-5)
     table = markdown_table([{"skill": "a", "accuracy": 0.8, "low": 0.49, "high": 0.943, "samples": 10}])
     assert table.splitlines()[-1] == "| a | 80.0 % | 49.0 to 94.3 | 10 |"
+
+
+# ------------------------------------------------------------------------------------------------------ compare
+
+
+def test_compare_prints_and_writes_paired_tables(run, folder, tmp_path, monkeypatch):
+    """Two models that know the answers to other prompts: what is gained, lost and common is counted per prompt."""
+    import modeling_omni.evaluation as evaluation
+    from modeling_omni.nano_data import make_sample
+
+    skills = {skill: [make_sample(skill, 7 + i, "heldout") for i in range(6)] for skill in ("text_sum", "text_copy")}
+    known = [[0, 1, 2, 3, 4, 5], [0], [1, 2], [0, 1, 2, 3, 4]]  # first model's skills, then the second's
+    calls = iter(zip([*skills.values()] * 2, known))
+
+    def know(model, processor, conversations, thinking, max_new_tokens):
+        rows, right = next(calls)
+        return [row["messages"][-1]["content"] if i in right else "?" for i, row in enumerate(rows)]
+
+    monkeypatch.setattr(evaluation, "answer_batch", know)
+    out = tmp_path / "compared.json"
+    arguments = ["--skills", ",".join(skills), "--samples", "6", "--seed", "7", "--batch-size", "6", "--out", str(out)]
+    code, shown, err = run("compare", "--models", folder, folder, *arguments)
+    assert code == 0 and "give 1000 or more" in err
+    lines = shown.splitlines()
+    assert lines[2].startswith("| text_sum | 6 | 100.0 % | 33.3 % | -66.7 |") and "| 0 / 4 | 0.12 | 0.25 |" in lines[2]
+    assert lines[3].startswith("| text_copy | 6 | 16.7 % | 83.3 % | +66.7 |") and "| 4 / 0 |" in lines[3]
+    assert lines[4].startswith("| all | 12 |") and "| 4 / 4 | 1 |" in lines[4]
+    saved = json.loads(out.read_text())
+    assert saved["models"] == [folder, folder] and saved["versions"]["torch"] == torch.__version__
+    assert [row["difference"] for row in saved["comparisons"][0]["table"]] == pytest.approx([-4 / 6, 4 / 6, 0])
+    code, _, err = run("compare", "--models", folder, "--skills", "text_sum")
+    assert code == 2 and "needs two or more" in err
+
+
+def test_mcnemar_equals_scipy_and_statsmodels():
+    from scipy.stats import binomtest
+
+    for gained, lost in ((0, 0), (1, 0), (3, 9), (10, 10), (40, 71), (700, 600), (1500, 1)):
+        expected = binomtest(gained, gained + lost, 0.5).pvalue if gained + lost else 1.0
+        assert mcnemar_exact(gained, lost) == pytest.approx(expected, rel=1e-9)
+    # statsmodels.stats.contingency_tables.mcnemar([[5, 12], [4, 9]], exact=True).pvalue
+    assert mcnemar_exact(12, 4) == pytest.approx(0.076813, abs=1e-6)
+    # statsmodels.stats.multitest.multipletests([.01, .04, .03, .005], method="holm")[1]
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_paired_interval_covers():
+    """Exact coverage, every outcome of 40 prompts counted: near 95 % where Wald's interval is far below."""
+    from scipy.stats import multinomial
+
+    for up, down in ((0.05, 0.05), (0.1, 0.02), (0.3, 0.1), (0.02, 0.0)):
+        covered = 0.0
+        for gained in range(41):
+            for lost in range(41 - gained):
+                low, high = paired_interval(gained, lost, 40)
+                if low <= up - down <= high:
+                    covered += multinomial.pmf([gained, lost, 40 - gained - lost], 40, [up, down, 1 - up - down])
+        assert covered > 0.94
+    low, high = paired_interval(60, 30, 1000)  # Wald: 0.03 +- 0.01853
+    assert (low, high) == pytest.approx((0.0113, 0.0486), abs=2e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ nano

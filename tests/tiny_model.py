@@ -195,3 +195,49 @@ def collate_packed(samples: list[dict[str, torch.Tensor]], row_tokens: int) -> d
     """Encoded samples -> a batch of as many packed rows as they need (see `collate_rows`)."""
     rows, _ = pack_rows([cost_of(sample) for sample in samples], row_tokens)
     return collate_rows([[samples[item] for item in row] for row in rows])
+
+
+def tiny_checkpoint(folder, seed=0, only: tuple[str, ...] = (), **changes):
+    """Writes a tiny model that takes nano's processor; with `only` it can write nothing but these tokens."""
+    from transformers import GenerationConfig
+
+    from modeling_omni.processing_omni import OmniProcessor
+
+    model = tiny_model(seed, vocab_size=512, mels=80, **changes)
+    processor = OmniProcessor.from_pretrained("nano")
+    allowed = processor.tokenizer.convert_tokens_to_ids(list(only))
+    banned = [i for i in range(512) if allowed and i not in allowed]
+    model.generation_config = GenerationConfig(
+        eos_token_id=[2, 11], pad_token_id=0, suppress_tokens=banned or None, enable_thinking=False
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def media_rows(folder) -> list[dict]:
+    """RL rows of every modality, the media as files in `folder`; the answer to all of them is red."""
+    import numpy as np
+    from PIL import Image
+
+    from modeling_omni.media import save_audio, save_video
+
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
+    Image.fromarray(frames[0]).resize((96, 96)).save(folder / "a.png")
+    save_audio(folder / "a.wav", (0.3 * np.sin(np.arange(8000) / 5)).astype(np.float32), 16000)
+    save_video(folder / "a.mp4", frames, 4.0)
+    parts = {"text": [], "image": ["a.png"], "audio": ["a.wav"], "video": ["a.mp4"]}
+    return [
+        {
+            "id": kind,
+            "source": kind,
+            "prompt": [{"role": "user", "content": [
+                *({"type": kind, "path": name} for name in names), {"type": "text", "text": "What colour is it?"},
+            ]}],
+            "answer": "red",
+            "verifier": "string_match",
+            "prompt_opened_think": False,
+        }
+        for kind, names in parts.items()
+    ]  # fmt: skip

@@ -1,0 +1,413 @@
+"""Group Sequence Policy Optimization (GSPO, Zheng et al., 2025; paper 3.2.5) on prompts with any media.
+
+Of every prompt G answers are sampled and graded; with advantages A = (reward - mean of the group) / its deviation and
+the ratio s = exp(mean over tokens of log p(token) - log p_old(token)) of a whole answer, the loss is
+-min(s A, clip(s, 1 - epsilon, 1 + epsilon_high) A), the mean over answers; no KL term. Answers that were cut off do not
+count. TRL's GRPOTrainer samples and trains. What it does not do:
+
+- media other than images: the log-probabilities of sound would be taken without the sound, and nobody would notice.
+  Here a prompt's media are decoded once and run through the towers once, and all its rollouts share the features, when
+  they are sampled and when they are trained on. Towers that train run once per optimizer step and prompt: the
+  rollouts' gradients meet at the features, and the towers' backward pass runs once, at the end of the step.
+- errors: a stage that cannot make a step, rewards that never differ, groups cut over processes all raise.
+
+A row is {"prompt", "answer", "verifier"} with optional "args", "prompt_opened_think", "id", "source", "group", as
+filtering.py reads it.
+
+Shape legend: B rollouts of this process, P prompt tokens, C completion tokens, N media tokens, D hidden size.
+"""
+
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from trl import GRPOConfig, GRPOTrainer
+
+from .checkpoint import released_tensors
+from .data_adapters import KINDS as MEDIA_KINDS
+from .filtering import grade, media_parts
+from .inference import MEDIA_TOKENS, suppressed_tokens
+from .media import OmniInputError, load_image
+from .prompt_omni import media_source
+from .rewards import check_gold, score, split_thinking, verifier_name, without_end_marks
+from .rl_training import (
+    OmniTrainer,
+    PromptRows,
+    RLArguments,
+    decoded,
+    encode_prompt,
+    join_features,
+    open_stage,
+    places,
+    run_stage,
+    trl_config,
+    world_size,
+)
+from .training import _key
+
+logger = logging.getLogger(__name__)
+
+REWARDS = ("format", "answer", "text")
+
+
+@dataclass
+class GSPOArguments(RLArguments):
+    """Every key of a GSPO stage's YAML file."""
+
+    prompt_tokens: int = _key(4096, "tokens of a prompt at most; longer rows are left out")
+    completion_tokens: int = _key(1024, "tokens of an answer at most; answers cut off there do not count")
+    rollouts: int = _key(16, "answers to a prompt")
+    global_batch_size: int = _key(4096, "answers sampled at a time over all processes")
+    updates: int = _key(1, "optimizer steps on the answers sampled at a time; 1: never off-policy, nothing is clipped")
+    micro_batch_size: int = _key(1, "answers of one forward pass")
+    sampling_batch_size: int = _key(0, "answers that a process samples side by side; 0: all of its own")
+    epsilon: float = _key(3e-4, "clipping of the ratio below 1 (GSPO's paper)")
+    epsilon_high: float = _key(4e-4, "clipping of the ratio above 1 (GSPO's paper)")
+    temperature: float = _key(1.0, "of sampling")
+    top_p: float = _key(1.0, "share of probability that is sampled from")
+    top_k: int = _key(0, "tokens that are sampled from; 0: all")
+    reward: str = _key("format", "format: 0.9 accuracy + 0.1 format (paper); answer: the boxed answer; text: the "
+                       "whole text after thinking")  # fmt: skip
+    max_starved: int = _key(10, "times in a row that no group's rewards differ, after which training stops")
+    log_samples: int = _key(2, "sampled answers in every log line")
+
+
+# ---- rows and rewards ----
+
+
+def encode_row(row: dict, processor, args: GSPOArguments) -> dict:
+    """A row -> its prompt (see `encode_prompt`) with "row" and "shown", the prompt as text.
+
+    Raises:
+        OmniInputError: as `encode_prompt`, an unknown verifier, an answer that nothing can reach.
+    """
+    if row.get("answer") is None or not isinstance(row.get("verifier"), str):
+        raise OmniInputError("a row needs an 'answer' and a 'verifier'")
+    check_gold(row["verifier"], row["answer"], **(row.get("args") or {}))
+    prompt = encode_prompt(row, processor, args, row.get("prompt_opened_think", True), args.prompt_tokens)
+    images = []
+    if args.trl.get("use_vllm"):
+        parts = media_parts(row["prompt"])
+        if any(part["type"] != "image" for part in parts):
+            raise OmniInputError("TRL gives vLLM images only: sound and video need use_vllm: false")
+        images = [load_image(media_source("image", part)) for part in parts]
+    return prompt | {"row": row, "shown": shown(row["prompt"]), "images": images}
+
+
+def shown(messages: list[dict]) -> list[dict]:
+    """Messages with every medium as [its kind and where it is], for logs."""
+
+    def text(part) -> str:
+        if isinstance(part, str):
+            return part
+        if part.get("type") not in MEDIA_KINDS:
+            return part.get("text") or ""
+        source = media_source(part["type"], part)
+        return f"[{part['type']} {source if isinstance(source, str) else 'in memory'}]"
+
+    contents = [message.get("content") or "" for message in messages]  # None beside tool calls
+    contents = [content if isinstance(content, str) else "".join(map(text, content)) for content in contents]
+    return [{"role": message["role"], "content": content} for message, content in zip(messages, contents)]
+
+
+def reward_of(row: dict, completion: str, kind: str) -> float:
+    """Reward in [0, 1] of a whole completion, decoded with its thinking marks.
+
+    Args:
+        kind: one of REWARDS. With "format" a verifier "format" of the row itself is taken as it is.
+    """
+    verifier, gold, opened = verifier_name(row["verifier"]), row["answer"], row.get("prompt_opened_think", True)
+    args = row.get("args") or {}
+    if verifier == "format":
+        return score(verifier, completion, gold, **{"prompt_opened_think": opened} | args)
+    if kind == "format":
+        golds = gold if isinstance(gold, list) and verifier in ("string_match", "math", "multiple_choice") else [gold]
+        golds = [one if isinstance(one, str) else json.dumps(one) for one in golds]
+        return max(
+            score("format", completion, f"{verifier}:{one}", prompt_opened_think=opened, **args) for one in golds
+        )
+    if kind == "answer":
+        return grade(row, [completion])["scores"][0]
+    thinking = split_thinking(completion, opened)
+    return 0.0 if thinking is None else score(verifier, without_end_marks(thinking[0]).strip(), gold, **args)
+
+
+# ---- training ----
+
+
+class GSPOTrainer(OmniTrainer, GRPOTrainer):
+    """TRL's GRPOTrainer with media of every kind, processed and encoded once per prompt.
+
+    Args:
+        rows: place -> encoded prompt.
+        stage_args: `GSPOArguments`. Everything else as GRPOTrainer and `OmniTrainer`.
+    """
+
+    def __init__(self, model, *, rows: PromptRows, stage_args: GSPOArguments, **kwargs):
+        self.rows = rows
+        self.prompts: list[dict] = []  # of the answers that are being trained on
+        self.numbers: list[int] = []  # which of them the rows of the pass that runs belong to
+        self.features: dict[int, dict] = {}  # number -> features, as the answers were sampled with them
+        self.trained: dict[int, tuple[dict, dict]] = {}  # number -> features of this step with their graph, cut off it
+        self.starved = 0
+        super().__init__(model, self._reward, stage_args=stage_args, **kwargs)
+        # their gradients come after DDP's pass and are reduced here; DDP would wait for them in the next one
+        own = {id(parameter) for parameter in self.media_params}
+        names = [name for name, parameter in self.model.named_parameters() if id(parameter) in own]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        if self.use_vllm:  # vLLM knows the released names; never run
+            parameters = self.vllm_generation._iter_named_params
+            self.vllm_generation._iter_named_params = lambda: (
+                pair for name, tensor in parameters() for pair in released_tensors(name, tensor)
+            )
+
+    # what follows is called in this order
+
+    def _generate_and_score_completions(self, inputs):
+        # sampling, and TRL's shuffling of the answers, are functions of the step, so that resuming is exact
+        args, step = self.stage_args, self.state.global_step
+        torch.manual_seed((args.seed * 1_000_003 + step) * 65_536 + self.accelerator.process_index)
+        wanted = [one["place"] for one in inputs]
+        unique = list(dict.fromkeys(wanted))
+        if args.workers > 1:
+            with ThreadPoolExecutor(args.workers) as pool:
+                self.prompts = list(pool.map(self.rows.__getitem__, unique))
+        else:
+            self.prompts = [self.rows[place] for place in unique]
+        number = {place: i for i, place in enumerate(unique)}
+        self.numbers = [number[place] for place in wanted]
+        with torch.no_grad():
+            self.features = {i: self.encode(self.model, prompt["media"]) for i, prompt in enumerate(self.prompts)}
+        inputs = [{"prompt": self.prompts[i]["shown"], "row": self.prompts[i]["row"]} for i in self.numbers]
+        output = super()._generate_and_score_completions(inputs)
+        output["prompt_number"] = torch.tensor(self.numbers, device=self.accelerator.device)
+        if self.media_params:  # they are other ones after the first step
+            self.features = {}
+        self._check_starving()
+        return output
+
+    def _tokenize_prompts(self, prompts):
+        return [self.prompts[i]["ids"] for i in self.numbers], None, {}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        sample = super()._generate_single_turn
+        if self.use_vllm:
+            images = [self.prompts[i]["images"] or None for i in self.numbers]
+            return sample(prompt_ids, images if any(images) else None, {}, num_generations)
+        size, completions = self.stage_args.sampling_batch_size or len(prompt_ids), []
+        for start in range(0, len(prompt_ids), size):
+            numbers = self.numbers[start : start + size]
+            fields = join_features([self.features[i] for i in numbers])
+            if fields:  # TRL pads lists as it pads the prompts
+                fields["mm_token_type_ids"] = [self.prompts[i]["types"] for i in numbers]
+            completions += sample(prompt_ids[start : start + size], None, fields, num_generations)[0]
+        return completions, None
+
+    def _reward(self, prompts, completions, completion_ids, row, log_metric, **kwargs) -> list[float]:
+        """TRL's reward function. It decodes the tokens itself: TRL's text lacks the marks of thinking."""
+        texts = [decoded(ids, self.processing_class) for ids in completion_ids]
+        rewards = [reward_of(one, text, self.stage_args.reward) for one, text in zip(row, texts)]
+        for one, reward in zip(row, rewards):
+            log_metric(f"reward/{verifier_name(one['verifier'])}", reward)
+        firsts = list({number: i for i, number in reversed(list(enumerate(self.numbers)))}.values())[::-1]
+        self.samples = [
+            {
+                "prompt": prompts[i][-1]["content"],
+                "media": [self._source(part) for part in media_parts(row[i]["prompt"])],
+                "completion": texts[i],
+                "answer": row[i]["answer"],
+                "verifier": row[i]["verifier"],
+                "reward": round(rewards[i], 4),
+            }
+            for i in firsts[: self.stage_args.log_samples]
+        ]
+        return rewards
+
+    _reward.__name__ = "verifier"
+
+    @staticmethod
+    def _source(part: dict) -> str:
+        source = media_source(part["type"], part)
+        return source if isinstance(source, str) else f"{part['type']} in memory"
+
+    def _check_starving(self) -> None:
+        metrics = self._metrics["train"]
+        cut = self.mask_truncated_completions and metrics["completions/clipped_ratio"][-1] == 1.0
+        if not cut and metrics["frac_reward_zero_std"][-1] < 1.0:
+            self.starved = 0
+            return
+        self.starved += 1
+        reason = (
+            f"all answers were cut off at {self.max_completion_length} tokens"
+            if cut
+            else f"the rewards of no group differ (mean {metrics['reward'][-1]:.3f})"
+        )
+        message = f"step {self.state.global_step}: nothing to learn: {reason}, {self.starved} time(s) in a row"
+        if self.starved >= self.stage_args.max_starved:
+            raise OmniInputError(
+                f"{message} (max_starved). Choose prompts by their pass rate (filtering.py), or raise completion_tokens"
+            )
+        logger.warning(message)
+
+    def _compute_loss(self, model, inputs):
+        self.numbers = inputs["prompt_number"].tolist()
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **kwargs
+    ):
+        size = batch_size or len(input_ids)
+        pieces = iter([self.numbers[start : start + size] for start in range(0, len(input_ids), size)])
+
+        def forward(**inputs):
+            return model(**inputs, **self._media_inputs(next(pieces), inputs["input_ids"], logits_to_keep))
+
+        return super()._get_per_token_logps_and_entropies(
+            forward, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+        )
+
+    def _media_inputs(self, numbers: list[int], input_ids: torch.Tensor, completion: int) -> dict[str, torch.Tensor]:
+        """Features of the rows' prompts, and where they go: prompts are padded on the left, answers hold no media."""
+        if not any(self.prompts[i]["media"] for i in numbers):
+            return {}
+        width, types = input_ids.shape[1] - completion, [torch.tensor(self.prompts[i]["types"]) for i in numbers]
+        types = torch.stack([F.pad(row, (width - len(row), completion)) for row in types]).to(input_ids.device)
+        return join_features([self._features_of(i) for i in numbers]) | {"mm_token_type_ids": types}
+
+    def _features_of(self, number: int) -> dict[str, torch.Tensor]:
+        if number in self.features:
+            return self.features[number]
+        if number not in self.trained:  # the first time in this optimizer step
+            graph = self.encode(self.model, self.prompts[number]["media"])
+            cut = graph
+            if not self.in_engine:
+                cut = {kind: tokens.detach().requires_grad_(tokens.requires_grad) for kind, tokens in graph.items()}
+            self.trained[number] = graph, cut
+        return self.trained[number][1]
+
+    @property
+    def in_engine(self) -> bool:
+        """Engines reduce gradients within their own backward pass: there, towers run once per micro-batch; never run"""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.in_engine:
+            self.trained = {}
+        elif self.media_params and self.accelerator.sync_gradients:
+            self._backward_media()
+        return loss
+
+    def _backward_media(self) -> None:
+        """The towers' backward pass of a whole optimizer step, and the mean of its gradients over the processes."""
+        pairs = [(graph[kind], cut[kind].grad) for graph, cut in self.trained.values() for kind in graph]
+        pairs = [(tokens, gradient) for tokens, gradient in pairs if gradient is not None]
+        self.trained = {}
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.media_params:  # DDP has not seen them: they were cut off its graph
+            found = torch.tensor(float(parameter.grad is not None), device=parameter.device)
+            if self.accelerator.reduce(found, "sum") > 0:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
+
+
+def check_gspo(args: GSPOArguments) -> None:
+    """Raises where TRL would fail late, mix up groups or make no step."""
+    if args.reward not in REWARDS:
+        raise OmniInputError(f"reward is {args.reward!r}; use one of {', '.join(REWARDS)}")
+    share = args.micro_batch_size * world_size()
+    if args.global_batch_size < 1 or args.global_batch_size % share:
+        raise OmniInputError(
+            f"global_batch_size {args.global_batch_size} must be a multiple of {share}: processes x micro_batch_size"
+        )
+    passes, own = args.global_batch_size // share, args.global_batch_size // world_size()
+    if args.rollouts < 2 or own % args.rollouts:
+        raise OmniInputError(
+            f"{own} answers per process must be whole groups of {args.rollouts} rollouts (2 or more): raise "
+            "global_batch_size, or start fewer processes"
+        )
+    if args.updates < 1 or passes % args.updates:
+        raise OmniInputError(f"updates {args.updates} must divide the {passes} forward passes of every process")
+    repeats = args.updates * args.trl.get("num_iterations", 1)
+    if args.save_every % repeats or args.steps % repeats:
+        raise OmniInputError(
+            f"save_every {args.save_every} and steps {args.steps} must be multiples of {repeats}, the optimizer steps "
+            "on answers sampled at a time: they are not saved"
+        )
+    for key in ("num_generations_eval", "tools", "rollout_func", "log_completions", "generation_kwargs"):
+        if args.trl.get(key):
+            raise OmniInputError(f"trl: {key} goes past what this trainer does for media; leave it out")
+
+
+def make_gspo_trainer(args: GSPOArguments, stage) -> GSPOTrainer:
+    """The trainer of an opened stage.
+
+    Raises:
+        OmniInputError: fewer rows than prompts are sampled at a time.
+    """
+    processor, model = stage.processor, stage.model
+    passes = args.global_batch_size // (args.micro_batch_size * world_size())
+    banned = suppressed_tokens(model, processor)
+    never = {"bad_words": list(MEDIA_TOKENS)} if args.trl.get("use_vllm") else {"suppress_tokens": banned}
+    config = trl_config(
+        GRPOConfig,
+        args,
+        importance_sampling_level="sequence",
+        loss_type="grpo",
+        scale_rewards="group",
+        beta=0.0,
+        epsilon=args.epsilon,
+        epsilon_high=args.epsilon_high,
+        num_generations=args.rollouts,
+        max_completion_length=args.completion_tokens,
+        mask_truncated_completions=True,
+        per_device_train_batch_size=args.micro_batch_size,
+        steps_per_generation=passes,
+        gradient_accumulation_steps=passes // args.updates,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        generation_kwargs=never,
+        shuffle_dataset=False,  # the blend's places are in random order
+    )
+
+    def encode(row):
+        return encode_row(row, processor, args)
+
+    rows = PromptRows(args, encode, Path(args.output_dir) / "bad_rows.jsonl")
+    prompts = args.global_batch_size // args.rollouts
+    if len(rows) < prompts:
+        raise OmniInputError(
+            f"data has {len(rows)} rows, but {prompts} prompts are sampled at a time (global_batch_size / rollouts)"
+        )
+    rounds = args.steps // (args.updates * config.num_iterations)
+    return GSPOTrainer(
+        model,
+        rows=rows,
+        stage_args=args,
+        resumed=stage.resumed,
+        saved=stage.saved,
+        args=config,
+        train_dataset=places(rounds * prompts),
+        processing_class=processor,
+    )
+
+
+def train_gspo(args: GSPOArguments) -> None:
+    """Runs one GSPO stage; started again with the same `output_dir` it goes on where it was."""
+    check_gspo(args)
+    stage = open_stage(args)
+    trainer = make_gspo_trainer(args, stage)
+    size = f"{args.global_batch_size // args.rollouts} prompts with {args.rollouts} answers"
+    run_stage(trainer, stage, args, f"`train.py gspo`: {args.steps} steps, {args.updates} on every {size} sampled")
+
+
+__all__ = ["GSPOArguments", "GSPOTrainer", "encode_row", "reward_of", "train_gspo"]

@@ -1,0 +1,326 @@
+"""Answers sampled from a policy, and the commands that choose prompts by them: `train.py filter` (and pairs.py).
+
+What is sampled for a prompt is a function of the policy, the settings, the seed and that prompt alone: not of the batch
+it stands in, the number of processes or where a killed run went on. Every answer has a random generator of its own, and
+the likeliest token after Gumbel noise has been added to the logits is a sample of the softmax. A prompt's media are
+decoded once and run through the towers once, for all its answers.
+
+Shape legend: P prompts, n answers to each, S prompt tokens, T new tokens, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import LogitsProcessor
+
+from .checkpointing import write_atomically
+from .configuration_omni import resolve_checkpoint
+from .data import Source, check_sources, hashed
+from .data_adapters import KINDS, adapt_prompt
+from .distributed import make_accelerator
+from .filtering import (
+    ABSTAIN_SHARE,
+    BANDS,
+    ROLLOUTS,
+    markdown_report,
+    measure_pass_rates,
+    mismatched_rows,
+    select_prompts,
+)
+from .inference import load, suppressed_tokens
+from .media import OmniInputError
+from .processing_omni import OmniProcessor
+from .prompt_omni import source_keys
+from .rewards import check_gold
+from .rl_training import encode_prompt, join_features
+from .training import _key
+
+REWARDS = ("format", "answer", "text")
+PROMPTS_FILE = "prompts.jsonl"
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns greedy decoding into sampling with a seed for every row.
+
+    Args:
+        seeds: one per row of the batch.
+        temperature: above 0.
+        top_p: sample among the likeliest tokens that add up to this share.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed % 2**63) for seed in seeds]
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.float() / self.temperature
+        if self.top_p < 1:
+            ordered, places = scores.softmax(-1).sort(descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the token that crosses the share stays
+            scores = scores.masked_fill(torch.zeros_like(beyond).scatter(-1, places, beyond), -torch.inf)
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
+
+
+def padded_prompts(prompts: list[dict], pad_id: int, device) -> dict[str, torch.Tensor]:
+    """Prompts of `encode_prompt`, one per row -> input_ids, attention_mask, with media mm_token_type_ids, [B, S]."""
+    width = max(len(prompt["ids"]) for prompt in prompts)
+
+    def left(rows: list[list[int]], fill: int = 0) -> torch.Tensor:
+        return torch.tensor([[fill] * (width - len(row)) + row for row in rows], device=device)
+
+    batch = {
+        "input_ids": left([prompt["ids"] for prompt in prompts], pad_id),
+        "attention_mask": left([[1] * len(prompt["ids"]) for prompt in prompts]),
+    }
+    if any(prompt["media"] for prompt in prompts):
+        batch["mm_token_type_ids"] = left([prompt["types"] for prompt in prompts])
+    return batch
+
+
+def encode_media(model, prompt: dict) -> dict[str, torch.Tensor]:
+    """Features of one prompt's media: every tower once."""
+    media = {name: value.to(model.device) for name, value in prompt["media"].items()}
+    return model.model.encode_media(**media) if media else {}
+
+
+@torch.no_grad()
+def sample_ids(
+    model,
+    processor: OmniProcessor,
+    prompts: list[dict],
+    features: list[dict],
+    seeds: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> list[list[int]]:
+    """Answers to encoded prompts.
+
+    Args:
+        model: `OmniForConditionalGeneration`, in eval mode.
+        prompts: P of `encode_prompt`. features: of each, from `encode_media`.
+        seeds: n of each prompt.
+
+    Returns:
+        P * n lists of tokens, the end mark included; without one the answer was cut off at `max_new_tokens`.
+    """
+    if not temperature > 0 or not 0 < top_p <= 1:
+        raise OmniInputError(f"temperature {temperature} must be above 0 and top_p {top_p} in (0, 1]")
+    places = [i for i, own in enumerate(seeds) for _ in own]
+    pad = processor.tokenizer.pad_token_id or 0
+    batch = padded_prompts([prompts[i] for i in places], pad, model.device)
+    sampling = SeededSampling([seed for own in seeds for seed in own], temperature, top_p, model.device)
+    ids = model.generate(
+        **batch,
+        **join_features([features[i] for i in places]),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=suppressed_tokens(model, processor),
+        logits_processor=[sampling],
+        pad_token_id=pad,
+    )
+    ends = end_tokens(model)
+    return [up_to_end(row, ends) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def end_tokens(model) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def up_to_end(ids: list[int], ends: list[int]) -> list[int]:
+    """Tokens up to the first end mark, which stays."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def answer_seed(seed: int, row: dict, number: int) -> int:
+    """Seed of the `number`-th answer to a row: of its id, or of its prompt."""
+    name = row.get("id")
+    name = json.dumps(row["prompt"], sort_keys=True, default=lambda part: type(part).__name__) if name is None else name
+    return hashed(seed, name, number)
+
+
+def sample_completions(model, processor, rows: list[dict], n: int, args) -> list[list[str]]:
+    """n whole answers of each row, decoded with their thinking and end marks (an answer that was cut off has none).
+
+    Args:
+        rows: with "prompt", "prompt_opened_think" (default True: the generation prompt opens `<think>`).
+        args: `RolloutArguments`.
+    """
+    prompts = []
+    for row in rows:
+        try:
+            thinking = row.get("prompt_opened_think", True)
+            prompts.append(encode_prompt(row, processor, args, thinking, args.prompt_tokens))
+        except OmniInputError as error:
+            name = row.get("id") or json.dumps(row["prompt"], default=lambda part: type(part).__name__)[:200]
+            raise OmniInputError(f"row {name}: {error}") from error
+    with torch.no_grad():
+        features = [encode_media(model, prompt) for prompt in prompts]
+    seeds = [[answer_seed(args.seed, row, number) for number in range(n)] for row in rows]
+    ids = sample_ids(
+        model, processor, prompts, features, seeds, args.completion_tokens, args.temperature, args.top_p
+    )  # fmt: skip
+    texts = [processor.decode(one, skip_special_tokens=False) for one in ids]
+    return [texts[start : start + n] for start in range(0, len(texts), n)]
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+def read_rows(sources: list[dict]) -> list[dict]:
+    """Every row of RL data, in order, with absolute media paths.
+
+    Raises:
+        OmniInputError: by file and row, what is missing: prompt, answer, verifier, or a gold that can be reached.
+    """
+    check_sources(sources)
+    rows = []
+    for spec in sources:
+        is_file = not spec["path"].startswith(("nano:", "datasets:"))
+        source = Source(spec | {"path": os.path.abspath(spec["path"])} if is_file else spec, adapt=adapt_prompt)
+        for number in range(len(source)):
+            row = source[number]
+            try:
+                if row.get("answer") is None or not isinstance(row.get("verifier"), str):
+                    raise OmniInputError("a row needs an 'answer' and a 'verifier'")
+                check_gold(row["verifier"], row["answer"], **(row.get("args") or {}))
+            except (OmniInputError, TypeError) as error:
+                raise OmniInputError("{}, row {}: {}".format(*source.name(number), error)) from error
+            rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """JSONL, whole or not at all; paths of media become relative to the file, so that both can move together."""
+    lines = [json.dumps(row | {"prompt": relative_paths(row["prompt"], path.parent)}) for row in rows]
+    write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def relative_paths(messages: list[dict], folder: Path) -> list[dict]:
+    """Messages whose absolute media paths start from `folder`."""
+
+    def moved(part):
+        if not isinstance(part, dict) or part.get("type") not in KINDS:
+            return part
+        keys = [key for key in source_keys(part["type"]) if isinstance(part.get(key), str) and os.path.isabs(part[key])]
+        return part | {key: os.path.relpath(part[key], folder) for key in keys}
+
+    return [
+        m | {"content": [moved(part) for part in m["content"]]} if isinstance(m.get("content"), list) else m
+        for m in messages
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+@dataclass
+class RolloutArguments:
+    """Keys of the commands that sample answers to prompts."""
+
+    output_dir: str = field(metadata={"help": "folder for the result, its report and the rollouts"})
+    model: str = _key("nano", "the initial policy of the stage: a folder, hub id or 'nano'")
+    dtype: str = _key("auto", "of the weights: auto (as stored; nano on a CPU: float32), float32 or bfloat16")
+    data: list[dict] = _key([], "files of RL rows: {path, limit}")
+    media_tokens: int | None = _key(None, "the most media that a row may hold, in patches and 80 ms of sound")
+    max_frames: int | None = _key(None, "frames of a video at most")
+    prompt_tokens: int = _key(4096, "tokens of a prompt at most")
+    # sampling: as the stage that follows will sample
+    completion_tokens: int = _key(1024, "tokens of an answer at most")
+    rollouts: int = _key(ROLLOUTS, "answers to a prompt")
+    temperature: float = _key(1.0, "of sampling")
+    top_p: float = _key(1.0, "share of probability that is sampled from")
+    reward: str = _key("format", "what the verifier grades: format or answer: the boxed answer; text: the whole text "
+                       "after thinking")  # fmt: skip
+    batch_size: int = _key(16, "prompts sampled at a time")
+    seed: int = _key(0, "seed of the sampling and of what is drawn afterwards")
+    at_least: int = _key(1, "rows that must come out (one generation batch of the stage)")
+
+
+@dataclass
+class FilterArguments(RolloutArguments):
+    """Every key of a YAML file for `train.py filter`."""
+
+    bands: dict = _key(BANDS["image_rl"], "group (text, image, video, audio_qa, asr, omni) or default -> [least, below "
+                       "which] pass rate; Omni-RL: {default: [0.1, 0.9], audio_qa: [0.3, 0.7]}")  # fmt: skip
+    pass_thresholds: dict = _key({}, "verifier -> score that passes; without one the mean score is the pass rate")
+    mismatched: int = _key(0, "unanswerable prompts to make of the rows, by giving them each other's media")
+    abstain_share: float = _key(ABSTAIN_SHARE, "share of unanswerable prompts in the result, at most")
+
+
+def policy_name(model: str) -> str:
+    """A hash of a checkpoint's weights; the name itself where there is no folder."""
+    files = sorted(Path(resolve_checkpoint(model)).glob("*.safetensors"))
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def measured_rows(args: RolloutArguments, rows: list[dict], texts: bool = False) -> list[dict] | None:
+    """Scores of all rows' rollouts (`measure_pass_rates`), shared out over the processes; None but on process 0."""
+    if args.reward not in REWARDS:
+        raise OmniInputError(f"reward is {args.reward!r}; use one of {', '.join(REWARDS)}")
+    state = make_accelerator()
+    folder = Path(args.output_dir)
+    settings = {name: getattr(args, name) for name in ("temperature", "top_p", "completion_tokens", "seed")}
+    settings |= {name: getattr(args, name) for name in ("max_frames", "dtype")}
+    generate = lazy_policy(args, str(state.device))
+    options = {"policy": policy_name(args.model), "settings": settings, "rollouts": args.rollouts}
+    options |= {"batch_size": args.batch_size, "reward": args.reward, "texts": texts}
+    place = {"rank": state.process_index, "world_size": state.num_processes, "progress": state.is_main_process}
+    measured = measure_pass_rates(rows, generate, folder, **options, **place)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    return measured if state.num_processes == 1 else measure_pass_rates(rows, generate, folder, **options)
+
+
+def lazy_policy(args: RolloutArguments, device: str) -> Callable[[list[dict], int], list[list[str]]]:
+    """`generate` of `measure_pass_rates`; the model is loaded when there is something to sample."""
+    loaded = []
+
+    def generate(rows: list[dict], n: int) -> list[list[str]]:
+        if not loaded:
+            loaded.extend(load(args.model, args.dtype, device))
+        return sample_completions(*loaded, rows, n, args)
+
+    return generate
+
+
+def filter_prompts(args: FilterArguments) -> str | None:
+    """Writes the rows to train on to `prompts.jsonl`, the report beside it; returns the report (on process 0)."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = read_rows(args.data)
+    rows += mismatched_rows(rows, args.mismatched, args.seed)
+    measured = measured_rows(args, rows)
+    if measured is None:
+        return None
+    bands = {group: tuple(band) for group, band in args.bands.items()}
+    kept, report = select_prompts(
+        rows, measured, bands, args.pass_thresholds, args.abstain_share, args.at_least, args.seed
+    )  # fmt: skip
+    text = markdown_report(report)
+    (folder / "report.md").write_text(text + "\n")
+    write_rows(folder / PROMPTS_FILE, kept)
+    return text
+
+
+__all__ = ["FilterArguments", "RolloutArguments", "filter_prompts", "read_rows", "sample_completions", "sample_ids"]
