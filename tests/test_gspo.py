@@ -320,6 +320,16 @@ def test_adapters_learn_and_their_base_stays(folder):
         assert torch.equal(parameter, start[name]), name
 
 
+def test_recomputed_activations_change_nothing(folder):
+    values = {"train": ["language", "vision_projector"], "steps": 2, "updates": 1}
+    for name in ("kept", "recomputed"):
+        train_gspo(arguments(folder, name, recompute=name == "recomputed", **values))
+    assert log_lines(folder / "kept")[0]["grad_norm"] > 0
+    kept, recomputed = weights(folder / "kept/final"), weights(folder / "recomputed/final")
+    for name in kept:
+        torch.testing.assert_close(kept[name], recomputed[name], rtol=1e-5, atol=1e-6)
+
+
 class Scripted(GSPOTrainer):
     """Answers that are a function of the prompt and the rollout's number, so that processes sample alike."""
 

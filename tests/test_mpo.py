@@ -315,6 +315,15 @@ def test_resumes_after_a_kill_and_freezes_to_the_bit(folder, lora):
     assert sum(value.numel() for name, value in moments.items() if name.endswith("exp_avg")) == trained
 
 
+def test_recomputed_activations_change_nothing(folder):
+    values = {"train": ["language", "vision", "vision_projector", "audio_projector"], "steps": 2}
+    for name in ("kept", "recomputed"):
+        train_mpo(arguments(folder, name, recompute=name == "recomputed", **values))
+    kept, recomputed = weights(folder / "kept/final"), weights(folder / "recomputed/final")
+    for name in kept:
+        torch.testing.assert_close(kept[name], recomputed[name], rtol=1e-5, atol=1e-6)
+
+
 def test_two_processes_have_the_loss_of_one(folder):
     values = {"train": ["language", "head", "audio_projector"], "steps": 3, "save_every": 3}
     train_mpo(arguments(folder, "one", **values))
