@@ -19,6 +19,7 @@ EXAMPLES = """examples:
 
 CHAT_HELP = """/image PATH, /video PATH, /audio PATH   attach to the next message
 /think on|off                           reason before the answer, or do not
+/budget N                               tokens of thought at most (-1: no limit)
 /system TEXT                            system prompt from now on (without TEXT: none)
 /clear                                  forget the conversation and what is attached
 /help, /quit                            Ctrl-C stops an answer, end of input quits
@@ -89,13 +90,22 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--prefill-chunk-size", type=positive, metavar="N",
                        help="run the prompt N tokens at a time: less memory, same result")  # fmt: skip
 
+    reasoning = argparse.ArgumentParser(add_help=False)
+    group = reasoning.add_argument_group("reasoning")
+    group.add_argument("--reasoning-budget", type=int, metavar="N",
+                       help="tokens of thought, after which it ends at the next newline; -1: no limit (default: "
+                       "reasoning_budget of generation_config.json, else no limit)")  # fmt: skip
+    group.add_argument("--reasoning-grace", type=number(int, lambda n: n >= 0, "a whole number of 0 or more"),
+                       metavar="N", help="tokens beyond the budget in which the thought may still find its end "
+                       "(default: reasoning_grace of generation_config.json, else 1024)")  # fmt: skip
+
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval | merge")
 
     ask = commands.add_parser(
-        "ask", parents=[model, media, generation], help="one question about any mix of media",
+        "ask", parents=[model, media, generation, reasoning], help="one question about any mix of media",
         description="One question. The media stand in the prompt in the order given here, then the question. The "
         "answer goes to stdout, what the media cost and the reasoning to stderr.",
     )  # fmt: skip
@@ -107,14 +117,14 @@ def build_parser() -> argparse.ArgumentParser:
     ask.set_defaults(run=run_ask, media=[])
 
     chat = commands.add_parser(
-        "chat", parents=[model, media, generation], help="a conversation in the terminal",
+        "chat", parents=[model, media, generation, reasoning], help="a conversation in the terminal",
         description="A conversation in the terminal.", epilog=CHAT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     chat.set_defaults(run=run_chat)
 
     evaluate = commands.add_parser(
-        "eval", parents=[model], help="held-out accuracy of the nano skills",
+        "eval", parents=[model, reasoning], help="held-out accuracy of the nano skills",
         description="Held-out accuracy of the nano skills, as a Markdown table on stdout.",
     )  # fmt: skip
     evaluate.add_argument("--suite", choices=("nano",), default="nano", help="which tests (default: nano)")
@@ -181,6 +191,8 @@ def generate(model, processor, inputs: dict, options, show: bool = True) -> dict
         temperature=options.temperature,
         top_p=options.top_p,
         prefill_chunk_size=options.prefill_chunk_size,
+        reasoning_budget=options.reasoning_budget,
+        reasoning_grace=options.reasoning_grace,
     )
     with stop_on_ctrl_c(stop), contextlib.closing(stream):
         for section, piece in stream:
@@ -202,6 +214,8 @@ def generate(model, processor, inputs: dict, options, show: bool = True) -> dict
         print(flush=True)
         if result["finish_reason"] == "length":
             note(f"(cut off after {result['generated_tokens']} tokens; see --max-new-tokens)", dim=True)
+        if result.get("thought_cut"):
+            note(f"(the reasoning budget of {result['reasoning_budget']} tokens ended the thought)", dim=True)
     return result
 
 
@@ -210,6 +224,17 @@ def check_length(model, budget: dict) -> None:
     length, total = model.config.get_text_config().max_position_embeddings, sum(budget["tokens"].values())
     if total > length:
         note(f"note: {total} prompt tokens are more than the {length} this model was made for; see --max-media-tokens")
+
+
+def check_reasoning(model, options) -> None:
+    """A note where the reasoning budget has to be lowered so that the answer has room."""
+    from modeling_omni.inference import default_max_new_tokens
+    from modeling_omni.reasoning_budget import reasoning_limits
+
+    limit = options.max_new_tokens or default_max_new_tokens(model)
+    lowered = reasoning_limits(model, limit, options.reasoning_budget, options.reasoning_grace)[2]
+    if lowered:
+        note(f"note: {lowered}; see --max-new-tokens")
 
 
 def load_model(options):
@@ -255,6 +280,8 @@ def run_ask(options) -> int:
     for line in budget_lines(budget):
         note(line)
     check_length(model, budget)
+    if thinking:
+        check_reasoning(model, options)
     result = generate(model, processor, inputs, options, show=not options.json)
     if options.json:
         about = {"thinking": thinking, "model": options.model}
@@ -293,6 +320,13 @@ def run_chat(options) -> int:
                     raise OmniInputError("write /think on or /think off")
                 chat["think"] = rest == "on"
                 note(f"thinking {rest}")
+            elif command == "/budget":
+                try:
+                    options.reasoning_budget = int(rest)
+                except ValueError:
+                    raise OmniInputError("write /budget and a number of tokens (-1: no limit)") from None
+                note(f"reasoning budget {rest if options.reasoning_budget >= 0 else 'unlimited'}")
+                check_reasoning(model, options)
             elif command == "/system":
                 chat["system"] = rest or None
                 note("system prompt set" if rest else "no system prompt")
@@ -360,11 +394,14 @@ def run_eval(options) -> int:
     table = heldout_table(
         model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True,
         without=options.without,
+        options={"reasoning_budget": options.reasoning_budget, "reasoning_grace": options.reasoning_grace},
     )  # fmt: skip
     print(markdown_table(table), flush=True)
     if options.out:
         about = {
-            name: getattr(options, name) for name in ("model", "suite", "samples", "seed", "think", "dtype", "without")
+            name: getattr(options, name)
+            for name in ("model", "suite", "samples", "seed", "think", "dtype", "without")
+            + ("reasoning_budget", "reasoning_grace")
         }
         about |= {"seconds": round(time.monotonic() - started, 1), "device": str(model.device), "decoding": "greedy"}
         about["versions"] = {

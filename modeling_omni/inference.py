@@ -20,6 +20,7 @@ from .feature_extraction_omni import clip_token_count
 from .media import MediaLimits, OmniInputError, load_audio, load_image, load_video
 from .modeling_omni import OmniForConditionalGeneration
 from .processing_omni import OmniProcessor
+from .reasoning_budget import ReasoningBudget, reasoning_limits
 
 KINDS = ("image", "video", "audio")  # by mm_token_type_ids 1, 2, 3
 MEDIA_TOKENS = ("<image>", "<img>", "</img>", "<so_embedding>", "<so_start>", "<so_end>")
@@ -227,6 +228,11 @@ def suppressed_tokens(model, processor: OmniProcessor) -> list[int]:
     return sorted(ids | set(model.generation_config.suppress_tokens or ()))
 
 
+def default_max_new_tokens(model) -> int:
+    """Of generation_config.json, else MAX_NEW_TOKENS."""
+    return model.generation_config.max_new_tokens or MAX_NEW_TOKENS
+
+
 def generation_options(
     model,
     processor: OmniProcessor,
@@ -234,13 +240,19 @@ def generation_options(
     temperature: float | None = None,
     top_p: float | None = None,
     prefill_chunk_size: int | None = None,
+    prompt_ids: torch.Tensor | None = None,
+    reasoning_budget: int | None = None,
+    reasoning_grace: int | None = None,
 ) -> dict:
     """Keyword arguments of `generate`; what is None comes from the checkpoint's generation_config.json.
 
     A temperature of 0 is greedy; any other temperature, or top_p, samples.
+
+    Args:
+        prompt_ids: [B, S], the prompts; needed for a reasoning budget (see `reasoning_limits`).
     """
     options = {"suppress_tokens": suppressed_tokens(model, processor)}
-    options["max_new_tokens"] = max_new_tokens or model.generation_config.max_new_tokens or MAX_NEW_TOKENS
+    options["max_new_tokens"] = max_new_tokens or default_max_new_tokens(model)
     if temperature is not None or top_p is not None:
         options["do_sample"] = temperature != 0
     if temperature:
@@ -249,6 +261,10 @@ def generation_options(
         options["top_p"] = top_p
     if prefill_chunk_size is not None:
         options["prefill_chunk_size"] = prefill_chunk_size
+    if prompt_ids is not None:
+        limits = reasoning_limits(model, options["max_new_tokens"], reasoning_budget, reasoning_grace)
+        if limits[0] is not None:
+            options["logits_processor"] = [ReasoningBudget(processor, prompt_ids, *limits[:2])]
     return options
 
 
@@ -333,11 +349,13 @@ def stream_answer(
     Yields:
         ("reasoning", text) and ("answer", text) pieces, then once ("end", result) with "answer", "reasoning" (all the
         pieces), "generated_tokens", "seconds" (towers, prefill and decoding), "first_token_seconds" (None without a
-        token) and "finish_reason": "stop" (the model ended), "length" (max_new_tokens) or "interrupted".
+        token) and "finish_reason": "stop" (the model ended), "length" (max_new_tokens) or "interrupted". With a
+        reasoning budget also "reasoning_budget" and "thought_cut": whether it ended the thought.
     """
     thinking = opens_thought(processor, inputs["input_ids"])
     stop = stop or threading.Event()
-    options = generation_options(model, processor, **options)
+    options = generation_options(model, processor, prompt_ids=inputs["input_ids"], **options)
+    budgets = options.get("logits_processor", ())
     streamer, generated, times = TokenQueue(), [], []
     started = time.monotonic()
 
@@ -369,8 +387,12 @@ def stream_answer(
             texts[section] += text
             yield section, text
         ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         reason = "length" if len(generated) >= options["max_new_tokens"] else "interrupted"
+        for budget in budgets:
+            ids = torch.cat([inputs["input_ids"].cpu(), torch.tensor([generated], dtype=torch.long)], 1)
+            cut = bool(budget.forced_mask(ids.to(inputs["input_ids"].device), ends).any())
+            texts |= {"reasoning_budget": int(budget.budget_B[0]), "thought_cut": cut}
         yield (
             "end",
             texts
@@ -388,6 +410,7 @@ def stream_answer(
 
 __all__ = [
     "budget_lines",
+    "default_max_new_tokens",
     "default_thinking",
     "encode",
     "generation_options",
