@@ -1,4 +1,4 @@
-"""Inference from the command line: ask a question, chat, measure the nano skills, or merge a LoRA adapter."""
+"""Inference from the command line: ask, chat, batches, a server, held-out scores, and merging of LoRA adapters."""
 
 import argparse
 import contextlib
@@ -13,6 +13,8 @@ EXAMPLES = """examples:
   python infer.py ask --video clip.mp4 --audio question.wav
   python infer.py ask --model nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16 --think --video talk.mp4 "Summarise."
   python infer.py chat
+  python infer.py batch --in rows.jsonl --out results.jsonl
+  python infer.py serve --port 8000
   python infer.py eval --suite nano --samples 100 --out table.json
   python infer.py merge --adapter runs/lora/final --out merged
 """
@@ -75,9 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
                        help="hear a video's sound: where it has any, always (else an error), never")  # fmt: skip
     group.add_argument("--allow-urls", action="store_true", help="let http(s) URLs stand for files")
 
+    asking = argparse.ArgumentParser(add_help=False)
+    group = asking.add_argument_group("prompt and seed")
+    group.add_argument("--system", help="system prompt")
+    group.add_argument("--seed", type=int, help="seed of the sampling")
+
     generation = argparse.ArgumentParser(add_help=False)
     group = generation.add_argument_group("generation (defaults: the checkpoint's generation_config.json)")
-    group.add_argument("--system", help="system prompt")
     group.add_argument("--think", action=argparse.BooleanOptionalAction,
                        help="reason before the answer (default: enable_thinking of generation_config.json, else yes; "
                        "nano: no)")  # fmt: skip
@@ -86,7 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
                        type=number(float, lambda n: 0 <= n < float("inf"), "a number of 0 or more"))  # fmt: skip
     group.add_argument("--top-p", type=number(float, lambda n: 0 < n <= 1, "above 0 and at most 1"), metavar="P",
                        help="sampling among the likeliest tokens that add up to P")  # fmt: skip
-    group.add_argument("--seed", type=int, help="seed of the sampling")
     group.add_argument("--prefill-chunk-size", type=positive, metavar="N",
                        help="run the prompt N tokens at a time: less memory, same result")  # fmt: skip
 
@@ -102,10 +107,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval | merge")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | batch | serve | eval | merge")
 
     ask = commands.add_parser(
-        "ask", parents=[model, media, generation, reasoning], help="one question about any mix of media",
+        "ask", parents=[model, media, asking, generation, reasoning], help="one question about any mix of media",
         description="One question. The media stand in the prompt in the order given here, then the question. The "
         "answer goes to stdout, what the media cost and the reasoning to stderr.",
     )  # fmt: skip
@@ -117,11 +122,52 @@ def build_parser() -> argparse.ArgumentParser:
     ask.set_defaults(run=run_ask, media=[])
 
     chat = commands.add_parser(
-        "chat", parents=[model, media, generation, reasoning], help="a conversation in the terminal",
+        "chat", parents=[model, media, asking, generation, reasoning], help="a conversation in the terminal",
         description="A conversation in the terminal.", epilog=CHAT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     chat.set_defaults(run=run_chat)
+
+    batch = commands.add_parser(
+        "batch", parents=[model, media, asking, generation, reasoning], help="a JSONL file of prompts to one of answers",
+        description="Answers every row of a JSONL file: one line of output per row, a result or an error. Started "
+        "again after a kill it goes on where it was. Rows are {'messages': [...]} or {'prompt': '...', 'image': "
+        "'a.png', 'audio': [...]}, with an optional 'id'; paths start at the file's folder. A summary as one JSON "
+        "object goes to stdout; exit code 1 if there were errors.",
+    )  # fmt: skip
+    batch.add_argument("--in", required=True, dest="source", metavar="FILE", help="JSONL, one prompt per line")
+    batch.add_argument("--out", required=True, metavar="FILE", help="JSONL; appended to if it exists")
+    batch.add_argument("--batch-tokens", type=positive, default=32768, metavar="N",
+                       help="prompt and new tokens of a batch, padding included (default: 32768)")  # fmt: skip
+    batch.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows of a batch (default: 32)")
+    batch.add_argument("--workers", type=positive, default=2, metavar="N",
+                       help="threads that decode media ahead of the model (default: 2)")  # fmt: skip
+    batch.add_argument("--retry-errors", action="store_true", help="try rows again that have an error so far")
+    batch.set_defaults(run=run_batch)
+
+    serve = commands.add_parser(
+        "serve", parents=[model, media, generation, reasoning], help="an OpenAI-compatible server",
+        description="OpenAI's chat completions under /v1, for any number of clients: waiting requests run as one batch. "
+        "The flags of generation, reasoning and media are defaults that requests may change (--max-new-tokens and "
+        "--max-media-tokens: upper limits). Other hosts than loopback need a password in OMNI_API_KEY.",
+    )  # fmt: skip
+    group = serve.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument("--port", type=number(int, lambda n: 0 <= n < 65536, "a port"), default=8000,
+                       help="default: 8000; 0: a free one")  # fmt: skip
+    group.add_argument("--name", help="name of the model for clients (default: as given to --model)")
+    group.add_argument("--max-batch", type=positive, default=8, metavar="N", help="requests of a batch (default: 8)")
+    group.add_argument("--batch-tokens", type=positive, default=65536, metavar="N",
+                       help="prompt and new tokens of a batch, padding included (default: 65536)")  # fmt: skip
+    group.add_argument("--max-waiting", type=positive, default=64, metavar="N",
+                       help="requests that may wait; more are refused (default: 64)")  # fmt: skip
+    group.add_argument("--max-body-mb", type=positive, default=64, metavar="N",
+                       help="size of a request and of each of its media, in MiB (default: 64)")  # fmt: skip
+    group.add_argument("--max-media", type=positive, default=64, metavar="N",
+                       help="media items of a request (default: 64)")  # fmt: skip
+    group.add_argument("--max-seconds", type=number(float, lambda n: 0 < n < float("inf"), "a number above 0"),
+                       default=600.0, metavar="S", help="time of a request, waiting included (default: 600)")  # fmt: skip
+    serve.set_defaults(run=run_serve)
 
     evaluate = commands.add_parser(
         "eval", parents=[model, reasoning], help="held-out accuracy of the nano skills",
@@ -369,6 +415,56 @@ def chat_turn(model, processor, chat: dict, text: str, options) -> None:
     stopped = "stopped; " if result["finish_reason"] == "interrupted" else ""
     tokens = lines[0].removeprefix("tokens: ")
     note(f"({stopped}prompt {tokens}; answer {result['generated_tokens']} tokens, {result['seconds']:.1f} s)", dim=True)
+
+
+def run_batch(options) -> int:
+    from modeling_omni.batch_inference import run_batch
+    from modeling_omni.media import MediaLimits
+
+    limits = MediaLimits(allow_urls=options.allow_urls)
+    sampling = {"num_frames": options.frames, "fps": options.fps, "media_limits": limits}
+    model, processor = load_model(options)
+    check_reasoning(model, options)
+    names = ("batch_tokens", "batch_size", "workers", "retry_errors", "system", "seed", "max_new_tokens")
+    names += ("prefill_chunk_size", "temperature", "top_p", "reasoning_budget", "reasoning_grace")
+    summary = run_batch(
+        model, processor, options.source, options.out, progress=sys.stderr.isatty(), thinking=options.think,
+        video_sound=options.audio_from_video, encode_options=prompt_options(options) | sampling,
+        **{name: getattr(options, name) for name in names},
+    )  # fmt: skip
+    print(json.dumps(summary), flush=True)
+    return 1 if summary["errors"] else 0
+
+
+def run_serve(options) -> int:
+    from modeling_omni.media import OmniInputError
+
+    try:
+        from modeling_omni.serving import LOOPBACK, Server, ServerLimits, bind, serve
+    except ImportError as error:
+        raise OmniInputError(f"the server needs {error.name}: pip install 'modeling-omni[serve]'") from error
+    key = os.environ.get("OMNI_API_KEY") or None
+    with contextlib.closing(bind(options.host, options.port, key)) as listener:  # before the model: that may take long
+        model, processor = load_model(options)
+        check_reasoning(model, options)
+        names = ("max_batch", "batch_tokens", "max_waiting", "max_media", "max_new_tokens")
+        limits = ServerLimits(seconds=options.max_seconds, **{name: getattr(options, name) for name in names})
+        limits.max_body_bytes = limits.media.max_bytes = limits.media.max_url_bytes = options.max_body_mb * 1024**2
+        limits.media.allow_urls = options.allow_urls
+        names = ("temperature", "top_p", "reasoning_budget", "reasoning_grace", "fps", "video_pruning_rate")
+        defaults = {name: getattr(options, name) for name in (*names, "max_media_tokens")}
+        defaults |= {"thinking": options.think, "num_frames": options.frames}
+        defaults["use_audio_in_video"] = False if options.audio_from_video == "off" else None
+        server = Server(
+            model, processor, options.name or options.model, limits, key,
+            hosts=LOOPBACK if options.host in LOOPBACK else None, defaults=defaults,
+            prefill_chunk_size=options.prefill_chunk_size,
+        )  # fmt: skip
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        note(f"listening on http://{host}:{port}/v1, model {server.name}; Ctrl-C stops")
+        serve(server, listener)
+    return 0
 
 
 def run_eval(options) -> int:
