@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=run_chat)
 
     batch = commands.add_parser(
-        "batch", parents=[model, media, asking, generation, reasoning], help="a JSONL file of prompts to one of answers",
+        "batch", parents=[model, media, asking, generation, reasoning], help="JSONL of prompts to JSONL of answers",
         description="Answers every row of a JSONL file: one line of output per row, a result or an error. Started "
         "again after a kill it goes on where it was. Rows are {'messages': [...]} or {'prompt': '...', 'image': "
         "'a.png', 'audio': [...]}, with an optional 'id'; paths start at the file's folder. A summary as one JSON "
@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser(
         "serve", parents=[model, media, generation, reasoning], help="an OpenAI-compatible server",
-        description="OpenAI's chat completions under /v1, for any number of clients: waiting requests run as one batch. "
+        description="OpenAI's chat completions under /v1, for many clients: what waits runs as one batch. "
         "The flags of generation, reasoning and media are defaults that requests may change (--max-new-tokens and "
         "--max-media-tokens: upper limits). Other hosts than loopback need a password in OMNI_API_KEY.",
     )  # fmt: skip
@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-media", type=positive, default=64, metavar="N",
                        help="media items of a request (default: 64)")  # fmt: skip
     group.add_argument("--max-seconds", type=number(float, lambda n: 0 < n < float("inf"), "a number above 0"),
-                       default=600.0, metavar="S", help="time of a request, waiting included (default: 600)")  # fmt: skip
+                       default=600.0, metavar="S", help="time of a request, waiting included")  # fmt: skip
     serve.set_defaults(run=run_serve)
 
     evaluate = commands.add_parser(

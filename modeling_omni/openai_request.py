@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's chat completions -> encoded requests. What cannot be honoured is refused, never silently ignored."""
+"""Bodies of OpenAI's chat completions -> encoded requests. What cannot be done is refused, never ignored silently."""
 
 import json
 import math
@@ -36,8 +36,8 @@ NEUTRAL = {
     "web_search_options": (),
 }
 READ = (
-    "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p", "seed",
-    "stop", "tools", "tool_choice", "user", "chat_template_kwargs", "reasoning_effort", "reasoning_budget",
+    "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "top_p",
+    "seed", "stop", "tools", "tool_choice", "user", "chat_template_kwargs", "reasoning_effort", "reasoning_budget",
     "thinking_token_budget", "reasoning_grace", "mm_processor_kwargs",
 )  # fmt: skip
 PARTS = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
@@ -138,7 +138,8 @@ def read_request(server, body: bytes) -> Asked:
     if total + new > context:
         settings = read_settings(body, server, context - total)[0]
     return Asked(
-        inputs, token_counts(inputs), settings, read_stops(body), tools, stream, bool(stream_options.get("include_usage")),
+        inputs, token_counts(inputs), settings, read_stops(body), tools, stream,
+        bool(stream_options.get("include_usage")),
         (take(body, "user", str, expected="text") or "")[:200], f"chatcmpl-{secrets.token_hex(12)}",
     )  # fmt: skip
 
@@ -216,7 +217,7 @@ def read_stops(body: dict) -> list[str]:
     stops = [] if stops is None else [stops] if isinstance(stops, str) else stops
     right = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not right or not all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise RequestError(f"stop must be text or a list of at most {MAX_STOPS}, of 1 to {MAX_STOP_CHARACTERS} characters",
+        raise RequestError(f"stop must be text, or a list of {MAX_STOPS}, of 1 to {MAX_STOP_CHARACTERS} characters",
                            param="stop")  # fmt: skip
     return stops
 

@@ -238,8 +238,8 @@ class Server:
         self.queue.close()
 
     def guarded(self, app):
-        """Checks host and key before anything is read. The host, because a page in a browser can give this machine a name
-        of its own and would then be let in."""
+        """Checks host and key before anything is read. The host, because a page in a browser can give this machine a
+        name of its own and would then be let in."""
 
         async def guard(scope, receive, send):
             if scope["type"] != "http":
@@ -252,7 +252,7 @@ class Server:
                 problem = RequestError("this server does not answer to that host name", status=403)
             elif self.api_key is not None and scope["path"] != "/health":
                 given = request.headers.get("authorization", "").removeprefix("Bearer ")
-                if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+                if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
                     problem = RequestError("a valid API key is needed", status=401, code="invalid_api_key")
             return await (app if problem is None else error_response(problem))(scope, receive, send)
 
@@ -462,8 +462,8 @@ def bind(host: str, port: int, api_key: str | None) -> socket.socket:
     return listener
 
 
-def serve(server: Server, listener: socket.socket) -> None:
-    """Runs until Ctrl-C; requests that run then have a few seconds to end."""
+def uvicorn_server(server: Server) -> uvicorn.Server:
+    """What runs `server.app`; requests that run when it is told to exit have a few seconds to end."""
     config = uvicorn.Config(
         server.app,
         log_level="warning",
@@ -476,10 +476,15 @@ def serve(server: Server, listener: socket.socket) -> None:
         limit_concurrency=4 * (server.limits.max_waiting + server.limits.max_batch) + 16,
         backlog=128,
     )
+    return uvicorn.Server(config)
+
+
+def serve(server: Server, listener: socket.socket) -> None:
+    """Runs until Ctrl-C."""
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        uvicorn_server(server).run(sockets=[listener])
     finally:
         server.close()
 
 
-__all__ = ["Server", "ServerLimits", "StopFinder", "bind", "serve"]
+__all__ = ["Server", "ServerLimits", "StopFinder", "bind", "serve", "uvicorn_server"]

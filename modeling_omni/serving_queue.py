@@ -86,12 +86,12 @@ class ServingQueue:
                     if batch and (len(batch) + 1) * (length + new) > self.batch_tokens:
                         break  # its turn is next, whatever comes
                     batch.append(own[0])
+                    self.running = len(batch)
                 own.popleft()
                 self.waiting -= 1
                 self.clients.move_to_end(client)
                 if not own:
                     del self.clients[client]
-            self.running = len(batch)
             return batch
 
     def _run(self) -> None:
