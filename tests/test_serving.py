@@ -116,7 +116,7 @@ def scripted(nano):
 
 
 @contextlib.contextmanager
-def endless(scripted, text="a ", pause=0.002, **limits):
+def endless(scripted, text="a b", pause=0.002, **limits):
     """A server whose model writes without end."""
     model, processor = scripted
     model.script, model.pause = processor.encode(text), pause
@@ -317,7 +317,7 @@ REFUSED = [
     (with_part({"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"}}), 400, "URLs are not allowed"),
     (with_part({"type": "image", "path": "/etc/passwd"}), 400, "unknown type 'image'"),
     (with_part({"type": "image_url", "image_url": {}}), 400, "needs"),
-    (with_part({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), 400, "cannot be decoded"),
+    (with_part({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), 400, "not an image"),
     (with_part({"type": "input_audio", "input_audio": {"data": "%%%", "format": "wav"}}), 400, "base64"),
     (with_part({"type": "text"}), 400, "text"),
     (with_part("\ud800"), 400, "unknown type"),
