@@ -270,6 +270,25 @@ def test_rows_of_a_batch_have_their_own_settings(nano):
     assert texts[0] == {"reasoning": "", "answer": answer_of(nano, "Copy: banana split")}
 
 
+def test_settings_come_from_the_checkpoint(nano, monkeypatch):
+    """As the released generation_config.json has them: sampling, and a budget with its grace period."""
+    model, processor = nano
+    assert row_settings(model, 9)[0] == {"max_new_tokens": 9, "seed": None, "budget": None, "grace": 1024}
+    released = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "reasoning_budget": 16384, "reasoning_grace": 512}
+    for name, value in released.items():
+        monkeypatch.setattr(model.generation_config, name, value, raising=False)
+    settings, note = row_settings(model, 16384, seed=1)
+    assert (settings["temperature"], settings["top_p"], settings["seed"]) == (0.6, 0.95, 1)
+    assert (settings["budget"], settings["grace"]) == (13824, 512) and "lowered to 13824" in note
+    assert "temperature" not in row_settings(model, 9, temperature=0)[0]
+    assert row_settings(model, 9, temperature=2.0, top_p=0.5)[0]["temperature"] == 2.0
+    rows = [
+        Row(encode(model, processor, [user_message(SUM)], True), **row_settings(model, 64, seed=i)[0]) for i in range(3)
+    ]
+    generate_rows(model, processor, rows)
+    assert all(row.finish_reason for row in rows) and all(row.tokens for row in rows)
+
+
 def test_rows_are_sampled_as_transformers_does():
     """Frequencies of 4,000 seeds against the probabilities that transformers' warpers leave."""
     logits = torch.randn(12, generator=torch.Generator().manual_seed(1)) * 2
