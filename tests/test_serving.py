@@ -441,7 +441,7 @@ def test_slow_clients_hold_nobody_up(scripted):
     body = json.dumps(body_of(max_tokens=1000, stream=True)).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head = (head + f"Content-Length: {len(body)}\r\n\r\n").encode()
-    with endless(scripted, pause=0.0, body_seconds=5.0) as running:
+    with endless(scripted, pause=0.0, body_seconds=3.0) as running:
         with running.connect() as half, running.connect() as unread:
             half.sendall(head + body[:20])  # the rest never comes
             unread.sendall(head + body)  # and this one does not read
@@ -455,7 +455,7 @@ def test_slow_clients_hold_nobody_up(scripted):
 
 def test_full_queues_and_lost_time_are_said(scripted):
     model, processor = scripted
-    with endless(scripted, max_waiting=1, max_batch=1, seconds=8.0) as running:
+    with endless(scripted, max_waiting=1, max_batch=1, seconds=5.0) as running:
         hold, queue = threading.Event(), running.server.queue
         inputs = encode(model, processor, [user_message("a")], device="cpu")
         queue.submit("other", Row(inputs, 10**6, stopped=hold.is_set), print)
