@@ -1,4 +1,4 @@
-"""Inference from the command line: ask, chat, measure the nano skills, compare models on them, or merge an adapter."""
+"""Inference from the command line: ask, chat, batches, a server, held-out scores, comparisons, and merging of adapters."""
 
 import argparse
 import contextlib
@@ -13,13 +13,18 @@ EXAMPLES = """examples:
   python infer.py ask --video clip.mp4 --audio question.wav
   python infer.py ask --model nvidia/Nemotron-3-Nano-Omni-30B-A3B-Reasoning-BF16 --think --video talk.mp4 "Summarise."
   python infer.py chat
+  python infer.py batch --in rows.jsonl --out results.jsonl
+  python infer.py serve --port 8000
   python infer.py eval --suite nano --samples 100 --out table.json
   python infer.py compare --models nano runs/nano/rl/omni_rl/final --samples 100 --out compared.json
   python infer.py merge --adapter runs/lora/final --out merged
 """
 
+MEASURED = ("suite", "samples", "seed", "think", "dtype", "without", "reasoning_budget", "reasoning_grace")  # settings
+
 CHAT_HELP = """/image PATH, /video PATH, /audio PATH   attach to the next message
 /think on|off                           reason before the answer, or do not
+/budget N                               tokens of thought at most (-1: no limit)
 /system TEXT                            system prompt from now on (without TEXT: none)
 /clear                                  forget the conversation and what is attached
 /help, /quit                            Ctrl-C stops an answer, end of input quits
@@ -76,9 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
                        help="hear a video's sound: where it has any, always (else an error), never")  # fmt: skip
     group.add_argument("--allow-urls", action="store_true", help="let http(s) URLs stand for files")
 
+    asking = argparse.ArgumentParser(add_help=False)
+    group = asking.add_argument_group("prompt and seed")
+    group.add_argument("--system", help="system prompt")
+    group.add_argument("--seed", type=int, help="seed of the sampling")
+
     generation = argparse.ArgumentParser(add_help=False)
     group = generation.add_argument_group("generation (defaults: the checkpoint's generation_config.json)")
-    group.add_argument("--system", help="system prompt")
     group.add_argument("--think", action=argparse.BooleanOptionalAction,
                        help="reason before the answer (default: enable_thinking of generation_config.json, else yes; "
                        "nano: no)")  # fmt: skip
@@ -87,17 +96,26 @@ def build_parser() -> argparse.ArgumentParser:
                        type=number(float, lambda n: 0 <= n < float("inf"), "a number of 0 or more"))  # fmt: skip
     group.add_argument("--top-p", type=number(float, lambda n: 0 < n <= 1, "above 0 and at most 1"), metavar="P",
                        help="sampling among the likeliest tokens that add up to P")  # fmt: skip
-    group.add_argument("--seed", type=int, help="seed of the sampling")
     group.add_argument("--prefill-chunk-size", type=positive, metavar="N",
                        help="run the prompt N tokens at a time: less memory, same result")  # fmt: skip
+
+    reasoning = argparse.ArgumentParser(add_help=False)
+    group = reasoning.add_argument_group("reasoning")
+    group.add_argument("--reasoning-budget", type=int, metavar="N",
+                       help="tokens of thought, after which it ends at the next newline; -1: no limit (default: "
+                       "reasoning_budget of generation_config.json, else no limit)")  # fmt: skip
+    group.add_argument("--reasoning-grace", type=number(int, lambda n: n >= 0, "a whole number of 0 or more"),
+                       metavar="N", help="tokens beyond the budget in which the thought may still find its end "
+                       "(default: reasoning_grace of generation_config.json, else 1024)")  # fmt: skip
 
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="ask | chat | eval | compare | merge")
+    names = "ask | chat | batch | serve | eval | compare | merge"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ask = commands.add_parser(
-        "ask", parents=[model, media, generation], help="one question about any mix of media",
+        "ask", parents=[model, media, asking, generation, reasoning], help="one question about any mix of media",
         description="One question. The media stand in the prompt in the order given here, then the question. The "
         "answer goes to stdout, what the media cost and the reasoning to stderr.",
     )  # fmt: skip
@@ -109,20 +127,61 @@ def build_parser() -> argparse.ArgumentParser:
     ask.set_defaults(run=run_ask, media=[])
 
     chat = commands.add_parser(
-        "chat", parents=[model, media, generation], help="a conversation in the terminal",
+        "chat", parents=[model, media, asking, generation, reasoning], help="a conversation in the terminal",
         description="A conversation in the terminal.", epilog=CHAT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     chat.set_defaults(run=run_chat)
 
+    batch = commands.add_parser(
+        "batch", parents=[model, media, asking, generation, reasoning], help="JSONL of prompts to JSONL of answers",
+        description="Answers every row of a JSONL file: one line of output per row, a result or an error. Started "
+        "again after a kill it goes on where it was. Rows are {'messages': [...]} or {'prompt': '...', 'image': "
+        "'a.png', 'audio': [...]}, with an optional 'id'; paths start at the file's folder. A summary as one JSON "
+        "object goes to stdout; exit code 1 if there were errors.",
+    )  # fmt: skip
+    batch.add_argument("--in", required=True, dest="source", metavar="FILE", help="JSONL, one prompt per line")
+    batch.add_argument("--out", required=True, metavar="FILE", help="JSONL; appended to if it exists")
+    batch.add_argument("--batch-tokens", type=positive, default=32768, metavar="N",
+                       help="prompt and new tokens of a batch, padding included (default: 32768)")  # fmt: skip
+    batch.add_argument("--batch-size", type=positive, default=32, metavar="N", help="rows of a batch (default: 32)")
+    batch.add_argument("--workers", type=positive, default=2, metavar="N",
+                       help="threads that decode media ahead of the model (default: 2)")  # fmt: skip
+    batch.add_argument("--retry-errors", action="store_true", help="try rows again that have an error so far")
+    batch.set_defaults(run=run_batch)
+
+    serve = commands.add_parser(
+        "serve", parents=[model, media, generation, reasoning], help="an OpenAI-compatible server",
+        description="OpenAI's chat completions under /v1, for many clients: what waits runs as one batch. "
+        "The flags of generation, reasoning and media are defaults that requests may change (--max-new-tokens and "
+        "--max-media-tokens: upper limits). Other hosts than loopback need a password in OMNI_API_KEY.",
+    )  # fmt: skip
+    group = serve.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument("--port", type=number(int, lambda n: 0 <= n < 65536, "a port"), default=8000,
+                       help="default: 8000; 0: a free one")  # fmt: skip
+    group.add_argument("--name", help="name of the model for clients (default: as given to --model)")
+    group.add_argument("--max-batch", type=positive, default=8, metavar="N", help="requests of a batch (default: 8)")
+    group.add_argument("--batch-tokens", type=positive, default=65536, metavar="N",
+                       help="prompt and new tokens of a batch, padding included (default: 65536)")  # fmt: skip
+    group.add_argument("--max-waiting", type=positive, default=64, metavar="N",
+                       help="requests that may wait; more are refused (default: 64)")  # fmt: skip
+    group.add_argument("--max-body-mb", type=positive, default=64, metavar="N",
+                       help="size of a request and of each of its media, in MiB (default: 64)")  # fmt: skip
+    group.add_argument("--max-media", type=positive, default=64, metavar="N",
+                       help="media items of a request (default: 64)")  # fmt: skip
+    group.add_argument("--max-seconds", type=number(float, lambda n: 0 < n < float("inf"), "a number above 0"),
+                       default=600.0, metavar="S", help="time of a request, waiting included")  # fmt: skip
+    serve.set_defaults(run=run_serve)
+
     evaluate = commands.add_parser(
-        "eval", parents=[model], help="held-out accuracy of the nano skills",
+        "eval", parents=[model, reasoning], help="held-out accuracy of the nano skills",
         description="Held-out accuracy of the nano skills, as a Markdown table on stdout.",
     )  # fmt: skip
     evaluate.set_defaults(run=run_eval)
 
     compare = commands.add_parser(
-        "compare", parents=[runtime], help="models on the same held-out prompts", allow_abbrev=False,
+        "compare", parents=[runtime, reasoning], help="models on the same held-out prompts", allow_abbrev=False,
         description="What changed from the first model to each of the others on the same held-out prompts of the nano "
         "skills: paired differences with 95 % intervals and McNemar's exact test, as Markdown tables on stdout.",
     )  # fmt: skip
@@ -193,6 +252,8 @@ def generate(model, processor, inputs: dict, options, show: bool = True) -> dict
         temperature=options.temperature,
         top_p=options.top_p,
         prefill_chunk_size=options.prefill_chunk_size,
+        reasoning_budget=options.reasoning_budget,
+        reasoning_grace=options.reasoning_grace,
     )
     with stop_on_ctrl_c(stop), contextlib.closing(stream):
         for section, piece in stream:
@@ -214,6 +275,8 @@ def generate(model, processor, inputs: dict, options, show: bool = True) -> dict
         print(flush=True)
         if result["finish_reason"] == "length":
             note(f"(cut off after {result['generated_tokens']} tokens; see --max-new-tokens)", dim=True)
+        if result.get("thought_cut"):
+            note(f"(the reasoning budget of {result['reasoning_budget']} tokens ended the thought)", dim=True)
     return result
 
 
@@ -222,6 +285,17 @@ def check_length(model, budget: dict) -> None:
     length, total = model.config.get_text_config().max_position_embeddings, sum(budget["tokens"].values())
     if total > length:
         note(f"note: {total} prompt tokens are more than the {length} this model was made for; see --max-media-tokens")
+
+
+def check_reasoning(model, options) -> None:
+    """A note where the reasoning budget has to be lowered so that the answer has room."""
+    from modeling_omni.inference import default_max_new_tokens
+    from modeling_omni.reasoning_budget import reasoning_limits
+
+    limit = options.max_new_tokens or default_max_new_tokens(model)
+    lowered = reasoning_limits(model, limit, options.reasoning_budget, options.reasoning_grace)[2]
+    if lowered:
+        note(f"note: {lowered}; see --max-new-tokens")
 
 
 def load_model(options):
@@ -267,6 +341,8 @@ def run_ask(options) -> int:
     for line in budget_lines(budget):
         note(line)
     check_length(model, budget)
+    if thinking:
+        check_reasoning(model, options)
     result = generate(model, processor, inputs, options, show=not options.json)
     if options.json:
         about = {"thinking": thinking, "model": options.model}
@@ -305,6 +381,13 @@ def run_chat(options) -> int:
                     raise OmniInputError("write /think on or /think off")
                 chat["think"] = rest == "on"
                 note(f"thinking {rest}")
+            elif command == "/budget":
+                try:
+                    options.reasoning_budget = int(rest)
+                except ValueError:
+                    raise OmniInputError("write /budget and a number of tokens (-1: no limit)") from None
+                note(f"reasoning budget {rest if options.reasoning_budget >= 0 else 'unlimited'}")
+                check_reasoning(model, options)
             elif command == "/system":
                 chat["system"] = rest or None
                 note("system prompt set" if rest else "no system prompt")
@@ -349,6 +432,56 @@ def chat_turn(model, processor, chat: dict, text: str, options) -> None:
     note(f"({stopped}prompt {tokens}; answer {result['generated_tokens']} tokens, {result['seconds']:.1f} s)", dim=True)
 
 
+def run_batch(options) -> int:
+    from modeling_omni.batch_inference import run_batch
+    from modeling_omni.media import MediaLimits
+
+    limits = MediaLimits(allow_urls=options.allow_urls)
+    sampling = {"num_frames": options.frames, "fps": options.fps, "media_limits": limits}
+    model, processor = load_model(options)
+    check_reasoning(model, options)
+    names = ("batch_tokens", "batch_size", "workers", "retry_errors", "system", "seed", "max_new_tokens")
+    names += ("prefill_chunk_size", "temperature", "top_p", "reasoning_budget", "reasoning_grace")
+    summary = run_batch(
+        model, processor, options.source, options.out, progress=sys.stderr.isatty(), thinking=options.think,
+        video_sound=options.audio_from_video, encode_options=prompt_options(options) | sampling,
+        **{name: getattr(options, name) for name in names},
+    )  # fmt: skip
+    print(json.dumps(summary), flush=True)
+    return 1 if summary["errors"] else 0
+
+
+def run_serve(options) -> int:
+    from modeling_omni.media import OmniInputError
+
+    try:
+        from modeling_omni.serving import LOOPBACK, Server, ServerLimits, bind, serve
+    except ImportError as error:
+        raise OmniInputError(f"the server needs {error.name}: pip install 'modeling-omni[serve]'") from error
+    key = os.environ.get("OMNI_API_KEY") or None
+    with contextlib.closing(bind(options.host, options.port, key)) as listener:  # before the model: that may take long
+        model, processor = load_model(options)
+        check_reasoning(model, options)
+        names = ("max_batch", "batch_tokens", "max_waiting", "max_media", "max_new_tokens")
+        limits = ServerLimits(seconds=options.max_seconds, **{name: getattr(options, name) for name in names})
+        limits.max_body_bytes = limits.media.max_bytes = limits.media.max_url_bytes = options.max_body_mb * 1024**2
+        limits.media.allow_urls = options.allow_urls
+        names = ("temperature", "top_p", "reasoning_budget", "reasoning_grace", "fps", "video_pruning_rate")
+        defaults = {name: getattr(options, name) for name in (*names, "max_media_tokens")}
+        defaults |= {"thinking": options.think, "num_frames": options.frames}
+        defaults["use_audio_in_video"] = False if options.audio_from_video == "off" else None
+        server = Server(
+            model, processor, options.name or options.model, limits, key,
+            hosts=LOOPBACK if options.host in LOOPBACK else None, defaults=defaults,
+            prefill_chunk_size=options.prefill_chunk_size,
+        )  # fmt: skip
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        note(f"listening on http://{host}:{port}/v1, model {server.name}; Ctrl-C stops")
+        serve(server, listener)
+    return 0
+
+
 def measure_skills(options, outcomes: bool = False) -> tuple[list[dict], str]:
     """Held-out table of `options.model`, and the device it was made on."""
     from modeling_omni.evaluation import heldout_table
@@ -359,6 +492,7 @@ def measure_skills(options, outcomes: bool = False) -> tuple[list[dict], str]:
     table = heldout_table(
         model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True,
         without=options.without, outcomes=outcomes,
+        options={"reasoning_budget": options.reasoning_budget, "reasoning_grace": options.reasoning_grace},
     )  # fmt: skip
     return table, str(model.device)
 
@@ -406,7 +540,7 @@ def run_eval(options) -> int:
     table, device = measure_skills(options)
     print(markdown_table(table), flush=True)
     if options.out:
-        names = ("model", "suite", "samples", "seed", "think", "dtype", "without")
+        names = ("model", *MEASURED)
         write_result(options, names, started, device, table=table)
     return 0
 
@@ -435,7 +569,7 @@ def run_compare(options) -> int:
         if rows and rows[-1]["samples"] < POWERED:
             note(f"{rows[-1]['samples']} prompts; give {POWERED} or more to tell small changes from chance")
     if options.out:
-        names = ("models", "suite", "samples", "seed", "think", "dtype", "without")
+        names = ("models", *MEASURED)
         write_result(options, names, started, device, comparisons=comparisons)
     return 0
 

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .evs import reserve_kept_tokens
-from .inference import split_tokens, suppressed_tokens
+from .inference import generation_options, split_tokens
 from .media import OmniInputError
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,19 @@ FIRST_SEED = 10**6
 
 @torch.no_grad()
 def answer_batch(
-    model, processor, conversations: list[list[dict]], thinking: bool, max_new_tokens: int, **options
+    model,
+    processor,
+    conversations: list[list[dict]],
+    thinking: bool,
+    max_new_tokens: int,
+    reasoning_budget: int | None = None,
+    reasoning_grace: int | None = None,
+    **options,
 ) -> list[str]:
-    """Greedy answers (text after the reasoning) to conversations that end with a user's turn; options of `generate`."""
+    """Greedy answers (text after the reasoning) to conversations that end with a user's turn; options of `generate`.
+
+    The reasoning budget is that of `reasoning_limits`.
+    """
     inputs = processor.apply_chat_template(
         conversations,
         add_generation_prompt=True,
@@ -40,10 +50,17 @@ def answer_batch(
         padding=True,
     )
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    options |= {"max_new_tokens": max_new_tokens, "suppress_tokens": suppressed_tokens(model, processor)}
     rate = options.pop("video_pruning_rate", None)
     if rate and "video_grid_thw" in inputs:  # `generate` would return the shortened prompt
         inputs = reserve_kept_tokens(inputs, rate, model.config.merge_size)
+    options |= generation_options(
+        model,
+        processor,
+        max_new_tokens,
+        prompt_ids=inputs["input_ids"],
+        reasoning_budget=reasoning_budget,
+        reasoning_grace=reasoning_grace,
+    )
     ids = model.generate(**inputs, do_sample=False, **options)
     rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
     pieces = [split_tokens(processor, row, thinking) for row in rows]

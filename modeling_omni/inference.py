@@ -20,6 +20,7 @@ from .feature_extraction_omni import clip_token_count
 from .media import MediaLimits, OmniInputError, load_audio, load_image, load_video
 from .modeling_omni import OmniForConditionalGeneration
 from .processing_omni import OmniProcessor
+from .reasoning_budget import ReasoningBudget, reasoning_limits
 
 KINDS = ("image", "video", "audio")  # by mm_token_type_ids 1, 2, 3
 MEDIA_TOKENS = ("<image>", "<img>", "</img>", "<so_embedding>", "<so_start>", "<so_end>")
@@ -136,6 +137,8 @@ def encode(
     thinking: bool | None = None,
     video_pruning_rate: float | None = None,
     max_media_tokens: int | None = None,
+    device: torch.device | str | None = None,
+    **options,
 ) -> dict[str, torch.Tensor]:
     """Messages that end with a user's turn -> model inputs on the model's device.
 
@@ -143,6 +146,8 @@ def encode(
         thinking: None takes `default_thinking`.
         video_pruning_rate: share of video tokens that EVS drops (paper 4.6); None takes the processor's.
         max_media_tokens: budget of the request's media; resolution gives way to it, sound and text do not.
+        device: None takes the model's.
+        options: further ones of `OmniProcessor.apply_chat_template`.
     """
     thinking = default_thinking(model) if thinking is None else thinking
     inputs = processor.apply_chat_template(
@@ -153,8 +158,16 @@ def encode(
         return_tensors="pt",
         video_pruning_rate=video_pruning_rate,
         max_media_tokens=max_media_tokens,
+        **options,
     )
-    return {name: value.to(model.device) for name, value in inputs.items()}
+    return {name: value.to(model.device if device is None else device) for name, value in inputs.items()}
+
+
+def token_counts(inputs: dict) -> dict[str, int]:
+    """Prompt tokens by modality: {"text", "image", "video", "audio"}. Marks around media count as text."""
+    total, types = inputs["input_ids"].numel(), inputs.get("mm_token_type_ids")
+    counts = {kind: 0 if types is None else int((types == i + 1).sum()) for i, kind in enumerate(KINDS)}
+    return {"text": total - sum(counts.values()), **counts}
 
 
 def media_budget(processor: OmniProcessor, messages: list[dict], inputs: dict) -> dict:
@@ -168,8 +181,6 @@ def media_budget(processor: OmniProcessor, messages: list[dict], inputs: dict) -
         {"tokens": {"text", "image", "video", "audio"}, "items": [{"kind", "name", "size", "tokens"}]}; the sound of a
         video is an item of its own, behind the video. Frame labels and marks around media count as text.
     """
-    total, types = inputs["input_ids"].numel(), inputs.get("mm_token_type_ids")
-    counts = {kind: 0 if types is None else int((types == i + 1).sum()) for i, kind in enumerate(KINDS)}
     merge = processor.image_processor.merge_size**2
     image_grids = iter(inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else ())
     video_grids = iter(inputs["video_grid_thw"].tolist() if "video_grid_thw" in inputs else ())
@@ -208,7 +219,7 @@ def media_budget(processor: OmniProcessor, messages: list[dict], inputs: dict) -
                 add("video", part["name"], size, tokens)
                 if clip.audio is not None:
                     add_sound(f"sound of {part['name']}", len(clip.audio), 16000)
-    return {"tokens": {"text": total - sum(counts.values()), **counts}, "items": items}
+    return {"tokens": token_counts(inputs), "items": items}
 
 
 def budget_lines(budget: dict) -> list[str]:
@@ -227,6 +238,11 @@ def suppressed_tokens(model, processor: OmniProcessor) -> list[int]:
     return sorted(ids | set(model.generation_config.suppress_tokens or ()))
 
 
+def default_max_new_tokens(model) -> int:
+    """Of generation_config.json, else MAX_NEW_TOKENS."""
+    return model.generation_config.max_new_tokens or MAX_NEW_TOKENS
+
+
 def generation_options(
     model,
     processor: OmniProcessor,
@@ -234,13 +250,19 @@ def generation_options(
     temperature: float | None = None,
     top_p: float | None = None,
     prefill_chunk_size: int | None = None,
+    prompt_ids: torch.Tensor | None = None,
+    reasoning_budget: int | None = None,
+    reasoning_grace: int | None = None,
 ) -> dict:
     """Keyword arguments of `generate`; what is None comes from the checkpoint's generation_config.json.
 
     A temperature of 0 is greedy; any other temperature, or top_p, samples.
+
+    Args:
+        prompt_ids: [B, S], the prompts; needed for a reasoning budget (see `reasoning_limits`).
     """
     options = {"suppress_tokens": suppressed_tokens(model, processor)}
-    options["max_new_tokens"] = max_new_tokens or model.generation_config.max_new_tokens or MAX_NEW_TOKENS
+    options["max_new_tokens"] = max_new_tokens or default_max_new_tokens(model)
     if temperature is not None or top_p is not None:
         options["do_sample"] = temperature != 0
     if temperature:
@@ -249,6 +271,10 @@ def generation_options(
         options["top_p"] = top_p
     if prefill_chunk_size is not None:
         options["prefill_chunk_size"] = prefill_chunk_size
+    if prompt_ids is not None:
+        limits = reasoning_limits(model, options["max_new_tokens"], reasoning_budget, reasoning_grace)
+        if limits[0] is not None:
+            options["logits_processor"] = [ReasoningBudget(processor, prompt_ids, *limits[:2])]
     return options
 
 
@@ -259,43 +285,79 @@ def opens_thought(processor: OmniProcessor, input_ids: torch.Tensor) -> bool:
     return bool(marks) and marks[-1] == ids.get("<think>")
 
 
-def split_tokens(processor: OmniProcessor, tokens: Iterable[int], thinking: bool) -> Iterator[tuple[str, str]]:
-    """Generated ids, one at a time, -> ("reasoning" | "answer", text) pieces without blanks at either end of a section.
+class AnswerSplitter:
+    """Generated ids, one at a time, -> (section, text) pieces without blanks at either end of a section.
 
-    The sections are told apart by the ids of the thinking marks, never by spelling. Special tokens are left out, but
-    for the marks of tool calls.
+    Sections are "reasoning" and "answer", told apart by the ids of the thinking marks, never by spelling. Special
+    tokens are left out, but for the marks of tool calls.
 
     Args:
         thinking: the prompt has opened `<think>`.
+        tool_calls: a tool call is a section of its own, given as one piece when it is complete; else it is answer text.
     """
-    ids = processor.codec.special_ids
-    hidden = set(ids.values()) - {ids.get("<tool_call>"), ids.get("</tool_call>")}
-    section, pending, blank, started = "reasoning" if thinking else "answer", [], "", False
 
-    def text_of(pending):
-        nonlocal blank, started
-        text = blank + processor.decode(pending)
-        text = text if started else text.lstrip()
+    def __init__(self, processor: OmniProcessor, thinking: bool, tool_calls: bool = False):
+        ids = processor.codec.special_ids
+        names = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+        self.opens, self.closes, self.call, self.call_end = (ids.get(name) for name in names)
+        self.hidden = set(ids.values()) - ({None} if tool_calls else {self.call, self.call_end})
+        self.decode, self.tool_calls = processor.decode, tool_calls and self.call is not None
+        self._begin("reasoning" if thinking else "answer")
+
+    def _begin(self, section: str) -> None:
+        self.section, self.pending, self.blank, self.started = section, [], "", False
+
+    def _text(self) -> list[tuple[str, str]]:
+        text = self.blank + self.decode(self.pending)
+        self.pending = []
+        text = text if self.started else text.lstrip()
         kept = text.rstrip()
-        blank, started = text[len(kept) :], started or bool(kept)
-        return kept
+        self.blank, self.started = text[len(kept) :], self.started or bool(kept)
+        return [(self.section, kept)] if kept else []
 
+    def push(self, token: int) -> list[tuple[str, str]]:
+        """The pieces that this id completes: mostly one, or none."""
+        if self.section == "tool_call":
+            if token == self.call_end:
+                text, (self.section, self.blank, self.started) = self.decode(self.pending), self.outer
+                self.pending = []
+                return [("tool_call", text)]
+            if token not in self.hidden:
+                self.pending.append(token)
+            return []
+        opens = token == self.opens and self.section == "answer" and not self.started
+        if opens or (token == self.closes and self.section == "reasoning"):
+            pieces = self._text() if self.pending else []
+            self._begin("reasoning" if opens else "answer")
+            return pieces
+        if self.tool_calls and token == self.call and self.section == "answer":
+            pieces = self._text() if self.pending else []
+            self.outer = self.section, self.blank, self.started
+            self.section = "tool_call"
+            return pieces
+        if token in self.hidden:
+            return []
+        self.pending.append(token)
+        # half a character: wait for the rest, which is at most four bytes and so four tokens
+        if len(self.pending) < 4 and self.decode(self.pending).endswith("\ufffd"):
+            return []
+        return self._text()
+
+    def finish(self) -> list[tuple[str, str]]:
+        """What is left at the end. A tool call that was cut off becomes answer text."""
+        if self.section == "tool_call":
+            pending = self.pending
+            self.section, self.blank, self.started = self.outer
+            self.pending = [self.call, *pending]
+        return self._text() if self.pending else []
+
+
+def split_tokens(processor: OmniProcessor, tokens: Iterable[int], thinking: bool) -> Iterator[tuple[str, str]]:
+    """Generated ids -> ("reasoning" | "answer", text) pieces as they come (see `AnswerSplitter`)."""
+    splitter = AnswerSplitter(processor, thinking)
     for token in tokens:
-        opens = token == ids.get("<think>") and section == "answer" and not started
-        if opens or (token == ids.get("</think>") and section == "reasoning"):
-            if pending and (text := text_of(pending)):
-                yield section, text
-            section, pending, blank, started = "reasoning" if opens else "answer", [], "", False
-        elif token not in hidden:
-            pending.append(token)
-            # half a character: wait for the rest, which is at most four bytes and so four tokens
-            if len(pending) < 4 and processor.decode(pending).endswith("\ufffd"):
-                continue
-            text, pending = text_of(pending), []
-            if text:
-                yield section, text
-    if pending and (text := text_of(pending)):
-        yield section, text
+        yield from splitter.push(token)
+    yield from splitter.finish()
 
 
 class TokenQueue(BaseStreamer):
@@ -333,11 +395,13 @@ def stream_answer(
     Yields:
         ("reasoning", text) and ("answer", text) pieces, then once ("end", result) with "answer", "reasoning" (all the
         pieces), "generated_tokens", "seconds" (towers, prefill and decoding), "first_token_seconds" (None without a
-        token) and "finish_reason": "stop" (the model ended), "length" (max_new_tokens) or "interrupted".
+        token) and "finish_reason": "stop" (the model ended), "length" (max_new_tokens) or "interrupted". With a
+        reasoning budget also "reasoning_budget" and "thought_cut": whether it ended the thought.
     """
     thinking = opens_thought(processor, inputs["input_ids"])
     stop = stop or threading.Event()
-    options = generation_options(model, processor, **options)
+    options = generation_options(model, processor, prompt_ids=inputs["input_ids"], **options)
+    budgets = options.get("logits_processor", ())
     streamer, generated, times = TokenQueue(), [], []
     started = time.monotonic()
 
@@ -369,8 +433,12 @@ def stream_answer(
             texts[section] += text
             yield section, text
         ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         reason = "length" if len(generated) >= options["max_new_tokens"] else "interrupted"
+        for budget in budgets:
+            ids = torch.cat([inputs["input_ids"].cpu(), torch.tensor([generated], dtype=torch.long)], 1)
+            cut = bool(budget.forced_mask(ids.to(inputs["input_ids"].device), ends).any())
+            texts |= {"reasoning_budget": int(budget.budget_B[0]), "thought_cut": cut}
         yield (
             "end",
             texts
@@ -387,7 +455,9 @@ def stream_answer(
 
 
 __all__ = [
+    "AnswerSplitter",
     "budget_lines",
+    "default_max_new_tokens",
     "default_thinking",
     "encode",
     "generation_options",
@@ -398,5 +468,6 @@ __all__ = [
     "split_tokens",
     "stream_answer",
     "suppressed_tokens",
+    "token_counts",
     "user_message",
 ]
