@@ -1,4 +1,4 @@
-"""Inference from the command line: ask, chat, batches, a server, held-out scores, comparisons, and merging of adapters."""
+"""Inference from the command line: ask, chat, batches, a server, held-out scores, comparisons, merging of adapters."""
 
 import argparse
 import contextlib
