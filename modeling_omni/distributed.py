@@ -77,6 +77,9 @@ def make_accelerator(max_grad_norm: float = 0.0, zero: dict | None = None, **tra
     if group:
         options["kwargs_handlers"] = [InitProcessGroupKwargs(**group)]
     accelerator = Accelerator(**options)
+    # shared by the whole process: a trainer that broke off between two optimizer steps leaves it at False, and then no
+    # optimizer would ever step
+    accelerator.gradient_state._set_sync_gradients(True)
     if accelerator.num_processes != world:
         raise OmniInputError(
             f"{world} processes were started but accelerate sees {accelerator.num_processes}: start with `accelerate "

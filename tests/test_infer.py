@@ -567,7 +567,7 @@ def test_compare_prints_and_writes_paired_tables(run, folder, tmp_path, monkeypa
     known = [[0, 1, 2, 3, 4, 5], [0], [1, 2], [0, 1, 2, 3, 4]]  # first model's skills, then the second's
     calls = iter(zip([*skills.values()] * 2, known))
 
-    def know(model, processor, conversations, thinking, max_new_tokens):
+    def know(model, processor, conversations, thinking, max_new_tokens, **options):
         rows, right = next(calls)
         return [row["messages"][-1]["content"] if i in right else "?" for i, row in enumerate(rows)]
 
