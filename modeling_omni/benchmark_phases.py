@@ -93,7 +93,7 @@ def random_ids(model, batch: int, length: int) -> torch.Tensor:
 
 def prefill(options: Options) -> Iterator[Case]:
     plan = [("mid", "bf16", 1024), ("mid", "bf16", 4096), ("mid", "bf16", 16384), ("mid", "fp32", 1024)]
-    plan += [("mid", "fp32", 4096)] + [("nano", "fp32", tokens) for tokens in (1024, 4096, 16384)]
+    plan += [("mid", "fp32", 4096)] + [("nano", "fp32", tokens) for tokens in (1024, 4096)]
     for size, dtype, tokens in [("nano", "fp32", QUICK_TOKENS)] if options.quick else plan:
         if dtype not in options.dtypes:
             continue
@@ -104,7 +104,7 @@ def prefill(options: Options) -> Iterator[Case]:
         case = Case(f"{size}, {tokens:,} tokens", dtype, calls)
         case.flops = prefill_flops(ours.config.llm_config, tokens)["total"]
         case.memory, case.alone = (size, dtype, tokens) == ("mid", "bf16", 4096), (size, tokens) == ("mid", 1024)
-        if tokens <= 4096:
+        if tokens <= 1024:
             numbers = ids[0].tolist()
             add_llama(
                 case, options, native, tokens + 64, lambda server, ids=numbers: peers.llama_seconds(server, ids)[0]
@@ -119,16 +119,6 @@ def continued(model, text, held: dict, batch: int, context: int, new: int, compi
     ids = random_ids(model, batch, int(held["cache"].get_seq_length()) + 1)
     more = {"compile_config": peers.native_compiled_options()["compile_config"]} if compiled else {}
     return peers.seconds_per_token(model, ids, new, past_key_values=held["cache"], **more)
-
-
-def with_batched_experts(native, call: Callable) -> float:
-    """The native class's experts as one batched product, which is what its compiled decoding is fastest with."""
-    before = native.get_experts_implementation()
-    native.set_experts_implementation("batched_mm")
-    try:
-        return call()
-    finally:
-        native.set_experts_implementation(before)
 
 
 def decode(options: Options) -> Iterator[Case]:
@@ -147,7 +137,6 @@ def decode(options: Options) -> Iterator[Case]:
                 "ours": partial(continued, ours, text, {}, batch, context, new),
                 "native": partial(continued, native, native.config, {}, batch, context, new),
                 "ours, compiled": partial(continued, ours, text, {}, batch, context, new, True),
-                "native, compiled": partial(continued, native, native.config, {}, batch, context, new, True),
             }
         else:
             ids = random_ids(ours, batch, context)
@@ -156,11 +145,12 @@ def decode(options: Options) -> Iterator[Case]:
                 "ours": partial(peers.seconds_per_token, ours, ids, new),
                 "native": partial(peers.seconds_per_token, native, ids, new),
                 "ours, compiled": partial(peers.seconds_per_token, ours, ids, new, **static),
-                "native, compiled": partial(peers.seconds_per_token, native, ids, new, **static),
+                "native, compiled": partial(peers.seconds_per_token, native, ids, new, "batched_mm", **static),
             }
-        runs["native, compiled"] = partial(with_batched_experts, native, runs["native, compiled"])
+            if batch > 1:
+                del runs["native, compiled"]
         # compiling takes a while for each shape, dtype and number of threads
-        compiled = size == "mid" and (dtype == "bf16" or (batch == 1 and not long))
+        compiled = size == "mid" and (dtype == "bf16" or batch == 1)
         case.calls = {name: run for name, run in runs.items() if compiled or "compiled" not in name}
         if size == "mid" and batch == 1 and not long:
             case.alone = True
