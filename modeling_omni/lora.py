@@ -75,6 +75,7 @@ PARTS = {
     "audio_projector": "model.audio_projector.",
     "head": "lm_head.",
     "language": "model.language_model.",
+    "mtp": "mtp.",
 }
 MEDIA_OF_PART = {
     "vision": ("pixel_values", "pixel_values_videos"),

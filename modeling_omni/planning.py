@@ -30,7 +30,8 @@ import yaml
 
 from . import ssd
 from .configuration_omni import OmniConfig, resolve_checkpoint
-from .modeling_omni import LOSS_CHUNK, OmniForConditionalGeneration
+from .modeling_language import LOSS_CHUNK
+from .modeling_omni import OmniForConditionalGeneration
 from .packing import LONG_ROW
 
 GIB = 2**30

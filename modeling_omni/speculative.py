@@ -1,0 +1,335 @@
+"""Speculative decoding with the model's own draft head: `model.generate(..., mtp_drafts=k)`.
+
+The head (modeling_mtp.py) drafts k tokens, the trunk reads them in one pass of k + 1 tokens and says of each place
+what it would have written there; its tokens are taken as far as the drafts agree with them, and the first that does not
+(Leviathan et al., 2023). So greedy answers are those of plain decoding. Sampled ones are too, under the same seed: a
+token is drawn as argmax p / E with exponential E, as `torch.multinomial` does, and a draft is drawn from the head's p
+with the E of its place (Gumbel coupling, Daliri et al., 2025). What is written therefore depends on the trunk alone,
+whatever the head says, and nothing is to be corrected where a draft is rejected. Both hold up to rounding: a pass over
+several tokens rounds otherwise than a step.
+
+Logits processors and stopping criteria see every token in its turn, as in plain decoding, and a processor may have a
+state (generation_rows.RowSampler). When sampling, they shape the drafts as well: give functions of their inputs.
+
+Taking drafts back: keys and values are cropped. Mamba's state cannot be, so the trunk leaves it as it was and hands
+over the inputs of its window (`draft_window`), from which it is advanced by the tokens that stay. States after each
+token would be k + 1 times as much to write, and a snapshot costs a copy; this writes a state as often as plain decoding
+does. In a batch every row goes on by what the shortest accepts, which keeps them aligned; made for one row.
+
+    python -m modeling_omni.speculative --model runs/nano/mtp/final
+
+measures acceptance, tokens per pass of the trunk, and time per token without and with drafts, skill by skill.
+
+Shape legend: B batch, S tokens, D hidden size, V vocabulary.
+"""
+
+import argparse
+import json
+import time
+from collections import Counter, deque
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from .token_reduction import ReducedCache
+
+
+def check_drafts(model, drafts: int, generation_config, cache) -> None:
+    """Raises a ValueError for what drafts cannot be combined with."""
+    heads = model.config.llm_config.num_nextn_predict_layers
+    if not isinstance(drafts, int) or drafts < 1:
+        raise ValueError(f"mtp_drafts must be a whole number from 1 on, got {drafts!r}")
+    if heads != 1:
+        raise ValueError(f"mtp_drafts needs a model with one draft head; num_nextn_predict_layers is {heads}")
+    plain = isinstance(cache, DynamicCache) and not isinstance(cache, ReducedCache) and not cache.offloading
+    if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers if isinstance(layer, DynamicLayer)):
+        raise ValueError(
+            "mtp_drafts needs the plain dynamic cache: leave out visual_keep, compile_decode, use_cache=False and "
+            f"cache_implementation (the cache is {type(cache).__name__})"
+        )
+    others = {
+        "num_beams": generation_config.num_beams > 1,
+        "output_attentions": generation_config.output_attentions,
+        "output_hidden_states": generation_config.output_hidden_states,
+        "ZeRO-3": is_deepspeed_zero3_enabled(),
+    }
+    if found := [name for name, asked in others.items() if asked]:
+        raise ValueError(f"mtp_drafts cannot be combined with {', '.join(found)}")
+
+
+def draft_and_verify(
+    model,
+    input_ids: torch.Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    mtp_drafts: int = 1,
+    mtp_counts: Counter | None = None,
+    streamer=None,
+    **model_kwargs,
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    """The decoding loop of `generate(mtp_drafts=k)`, in place of transformers' `_sample`.
+
+    Args:
+        mtp_drafts: k, the drafts of a round (fewer where the length ends).
+        mtp_counts: added to it are "passes" of the trunk behind the prompt, "drafted" and "accepted" tokens of a row.
+
+    Raises:
+        ValueError: see `check_drafts`.
+    """
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    check_drafts(model, mtp_drafts, generation_config, cache)
+    config, counts = generation_config, Counter() if mtp_counts is None else mtp_counts
+    limit, chunk, device = stopping_criteria.max_length, config.prefill_chunk_size, input_ids.device
+    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    kept = {
+        name: ()
+        for name in ("scores", "logits")
+        if config.return_dict_in_generate and getattr(config, f"output_{name}")
+    }
+    noise = deque()  # of the next tokens in order, each drawn once: the stream is that of plain sampling
+
+    def choose(scores_BV: torch.Tensor, place: int) -> torch.Tensor:
+        """-> [B], the token `place` places ahead of the next one."""
+        if not config.do_sample:
+            return scores_BV.argmax(-1)
+        while len(noise) <= place:
+            noise.append(torch.empty_like(scores_BV).exponential_())
+        return (scores_BV.softmax(-1) / noise[place]).argmax(-1)
+
+    def choose_draft(logits_BV: torch.Tensor, drafts_BK: torch.Tensor) -> torch.Tensor:
+        logits_BV = logits_BV.to(device, torch.float32)
+        if config.do_sample:
+            logits_BV = logits_processor(torch.cat([tokens, drafts_BK], 1), logits_BV)
+        return choose(logits_BV, drafts_BK.shape[1])
+
+    def seen(ahead: int) -> torch.Tensor | None:
+        """The mask of prompt, written tokens but the last, and `ahead` more."""
+        return None if mask is None else F.pad(mask, (0, tokens.shape[1] - input_ids.shape[1] - 1 + ahead), value=1)
+
+    hidden, after = prefill(model, input_ids, config, cache, mask, model_kwargs.get("inputs_embeds"))
+    logits = model.lm_head(hidden[:, -1:])
+    tokens, drafts, own = input_ids, input_ids[:, :0], model.mtp.new_cache()
+    unfinished = torch.ones(len(tokens), dtype=torch.bool, device=device)
+    while True:
+        taken = 0
+        for logits_BV in logits.unbind(1):  # until a token differs from its draft
+            logits_BV = logits_BV.to(device, torch.float32, copy=True)
+            scores = logits_processor(tokens, logits_BV)
+            for name, values in (("scores", scores), ("logits", logits_BV)):
+                if name in kept:
+                    kept[name] += (values,)
+            token = choose(scores, 0)
+            if noise:
+                noise.popleft()
+            if has_eos:
+                token = token.where(unfinished, config._pad_token_tensor.to(device))
+            tokens = torch.cat([tokens, token[:, None]], 1)
+            if streamer is not None:
+                streamer.put(token.cpu())
+            unfinished = unfinished & ~stopping_criteria(tokens, kept.get("scores"))
+            agrees = taken < drafts.shape[1] and not bool(((token != drafts[:, taken]) & unfinished).any())
+            taken += 1
+            if not agrees or not bool(unfinished.any()):
+                break
+        if drafts.shape[1]:
+            keep_tokens(model, cache, taken, of=1 + drafts.shape[1])
+        counts["accepted"] += taken - 1
+        if not bool(unfinished.any()):
+            break
+        drafted = mtp_drafts if limit is None else min(mtp_drafts, limit - tokens.shape[1] - 1)
+        if drafted > 0:
+            embeds = model.get_input_embeddings()(tokens[:, -taken:].to(hidden.device))
+            after = torch.cat([after, embeds], 1)
+            drafts = draft_tokens(model, hidden[:, : after.shape[1]], after, seen(0), own, drafted, choose_draft, chunk)
+            after = after[:, :0]
+        else:
+            drafts = drafts[:, :0]
+        if drafts.shape[1]:
+            cache.draft_window = {}
+        hidden = model.model(
+            input_ids=torch.cat([tokens[:, -1:], drafts], 1).to(hidden.device),
+            attention_mask=seen(1 + drafts.shape[1]),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        logits = model.lm_head(hidden)
+        counts["passes"] += 1
+        counts["drafted"] += drafts.shape[1]
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return tokens
+    return GenerateDecoderOnlyOutput(sequences=tokens, past_key_values=cache, **kept)
+
+
+def prefill(
+    model, input_ids: torch.Tensor, config, cache: Cache, mask: torch.Tensor | None, embeds: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs what the cache does not hold yet of the prompt -> hidden states [B, S, D], embeddings of all but the first.
+
+    As in transformers, embeddings are of the whole prompt, and so are ids unless they are shorter than the mask.
+    """
+    past = cache.get_seq_length()
+    if embeds is None:
+        embeds = model.get_input_embeddings()(input_ids.to(model.device))
+        whole = (config._mask_length if mask is None else mask.shape[1]) == input_ids.shape[1]
+    else:
+        whole = True
+    embeds = embeds[:, past if whole else 0 :]
+    output = model.model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        prefill_chunk_size=config.prefill_chunk_size,
+    )
+    return output.last_hidden_state, embeds[:, 1:]
+
+
+def keep_tokens(model, cache: Cache, tokens: int, of: int) -> None:
+    """Of the window of `of` tokens that the trunk has just read, leaves the first `tokens` in the cache."""
+    window, cache.draft_window = cache.draft_window, None
+    for number, inputs in window.items():
+        model.model.language_model.layers[number].mixer.advance(cache, inputs, tokens)
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer):
+            layer.crop(tokens - of)
+
+
+def draft_tokens(
+    model,
+    hidden_BSD: torch.Tensor,
+    embeds_BSD: torch.Tensor,
+    mask: torch.Tensor | None,
+    own: Cache,
+    drafts: int,
+    choose,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """The head reads what the trunk has written and drafts on -> [B, drafts].
+
+    Args:
+        hidden_BSD, embeds_BSD: of the positions that the head has not read: the trunk's states, the tokens behind them.
+        mask: [B, ...] up to the last of these positions, or None.
+        own: the head's cache; afterwards it holds the positions given, and none of the drafts.
+        choose: (logits [B, V], drafts so far [B, n]) -> the next draft [B].
+        chunk: positions at a time.
+    """
+    read, length = own.get_seq_length(), hidden_BSD.shape[1]
+    mask = None if mask is None else mask[:, mask.shape[1] - read - length :]
+    hidden = None
+    for part, embeds in zip(hidden_BSD.split(chunk or length, 1), embeds_BSD.split(chunk or length, 1)):
+        read += part.shape[1]
+        hidden = model.mtp(part, embeds, 0, None if mask is None else mask[:, :read], own)
+    tokens_BK = hidden.new_empty(len(hidden), 0, dtype=torch.long)
+    while True:
+        hidden = hidden[:, -1:]
+        token = choose(model.lm_head(hidden)[:, 0], tokens_BK)
+        tokens_BK = torch.cat([tokens_BK, token[:, None].to(tokens_BK.device)], 1)
+        if tokens_BK.shape[1] == drafts:
+            break
+        mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+        hidden = model.mtp(hidden, model.get_input_embeddings()(tokens_BK[:, -1:]), 0, mask, own)
+    for layer in own.layers:
+        layer.crop(1 - drafts)
+    return tokens_BK
+
+
+# ---- measuring ----
+
+
+@torch.no_grad()
+def measure(model, processor, skills: list[str], drafts: list[int], samples: int = 20) -> list[dict]:
+    """Greedy answers to held-out samples, one at a time, without drafts and with each number of them.
+
+    Returns:
+        [{"skill", "drafts", "tokens" (written behind the first), "passes" (of the trunk, for those), "drafted",
+        "accepted", "same" (whether all answers are those without drafts), "seconds" (decoding and prefill)}].
+    """
+    from .evaluation import FIRST_SEED, THOUGHT_SKILLS
+    from .inference import generation_options
+    from .nano_data import make_sample
+
+    rows = []
+    for skill in skills:
+        think = skill in THOUGHT_SKILLS
+        prompts = []
+        for seed in range(FIRST_SEED, FIRST_SEED + samples):
+            inputs = processor.apply_chat_template(
+                [make_sample(skill, seed, "heldout")["messages"][:-1]],
+                add_generation_prompt=True, enable_thinking=think, tokenize=True, return_dict=True, return_tensors="pt",
+            )  # fmt: skip
+            prompts.append({name: value.to(model.device) for name, value in inputs.items()})
+        options = generation_options(model, processor, 64)
+        plain = None
+        for number in [0, *drafts]:
+            more, counts, answers = {}, Counter(), []
+            if number:
+                more = {"mtp_drafts": number, "mtp_counts": counts}
+            model.generate(**prompts[0], **options, **more)  # the first call of a kind is slow
+            counts.clear()
+            start = time.perf_counter()
+            for inputs in prompts:
+                answers.append(model.generate(**inputs, **options, **more)[0, inputs["input_ids"].shape[1] :].tolist())
+            seconds, tokens = time.perf_counter() - start, sum(len(answer) - 1 for answer in answers)
+            plain = plain or answers
+            row = {"skill": skill, "drafts": number, "tokens": tokens, "passes": tokens, "drafted": 0, "accepted": 0}
+            rows.append(row | counts | {"same": answers == plain, "seconds": seconds})
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """`measure` as a table, with a line for all skills together."""
+    totals = {}
+    for row in rows:
+        total = totals.setdefault(row["drafts"], {"skill": "all", "drafts": row["drafts"], "same": True})
+        for name in ("tokens", "passes", "drafted", "accepted", "seconds"):
+            total[name] = total.get(name, 0) + row[name]
+        total["same"] &= row["same"]
+    lines = ["| skill | drafts | drafts accepted | accepted per pass | tokens per pass | ms per token | speed | same |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|---|")
+    for row in [*rows, *totals.values()]:
+        per_token = row["seconds"] / max(1, row["tokens"])
+        if row["drafts"] == 0:
+            plain = per_token
+        share = f"{100 * row['accepted'] / row['drafted']:.0f} %" if row["drafted"] else ""
+        per_pass = f"{row['accepted'] / row['passes']:.2f}" if row["drafted"] else ""
+        lines.append(
+            f"| {row['skill']} | {row['drafts']} | {share} | {per_pass} | {row['tokens'] / max(1, row['passes']):.2f} "
+            f"| {1e3 * per_token:.2f} | {plain / per_token:.2f} | {'yes' if row['same'] else 'NO'} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from transformers.utils import logging as transformers_logging
+
+    from .inference import load
+    from .nano_data import SKILLS
+
+    transformers_logging.disable_progress_bar()
+    text = [skill for skill in SKILLS if skill.startswith("text_")]
+    parser = argparse.ArgumentParser(prog="python -m modeling_omni.speculative", description=measure.__doc__)
+    parser.add_argument("--model", required=True, help="a checkpoint with a draft head")
+    parser.add_argument("--skills", default=",".join(text), help="comma-separated (default: all of text alone)")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--out", help="also write the rows as JSON")
+    given = parser.parse_args(argv)
+    model, processor = load(given.model)
+    rows = measure(model, processor, given.skills.split(","), given.drafts, given.samples)
+    print(markdown(rows))
+    if given.out:
+        with open(given.out, "w") as file:
+            json.dump(rows, file, indent=1)
+    return 0
+
+
+__all__ = ["check_drafts", "draft_and_verify", "measure"]
+
+if __name__ == "__main__":
+    raise SystemExit(main())
