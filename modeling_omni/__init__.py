@@ -16,7 +16,8 @@ from .configuration_omni import MODEL_TYPE, OmniAudioConfig, OmniConfig, OmniTex
 from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import OmniImageProcessor
 from .media import MediaLimits, OmniInputError, VideoClip, load_audio, load_image, load_video
-from .modeling_omni import OmniForCausalLM, OmniForConditionalGeneration, OmniModel
+from .modeling_omni import OmniForConditionalGeneration, OmniModel
+from .modeling_text import OmniForCausalLM
 from .processing_omni import OmniProcessor, register_auto_processors
 from .video_processing_omni import OmniVideoProcessor
 

@@ -156,7 +156,7 @@ class OmniTextConfig(PreTrainedConfig):
             output["architectures"] = ["NemotronHForCausalLM"]  # the released name, for vLLM and NVIDIA's tools
         return output
 
-    # read by the model's parts, which find the language model alone here (`OmniForCausalLM`)
+    # read by the model's parts, which find the language model alone here (modeling_text.py)
     vision_config = sound_config = None
 
     @property

@@ -17,8 +17,8 @@ from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .checkpoint import IGNORED_ON_LOAD, TEXT_RENAMES, register_released_layout
-from .configuration_omni import MODEL_TYPE, OmniConfig, OmniTextConfig, resolve_checkpoint
+from .checkpoint import IGNORED_ON_LOAD, register_released_layout
+from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
 from .configuration_omni import TYPE_AUDIO as AUDIO
 from .configuration_omni import TYPE_IMAGE as IMAGE
 from .configuration_omni import TYPE_VIDEO as VIDEO
@@ -118,15 +118,12 @@ class OmniPreTrainedModel(PreTrainedModel):
 
 
 class OmniModel(OmniPreTrainedModel):
-    """Towers, projectors and language model without the head; returns `last_hidden_state`. With an `OmniTextConfig` the
-    language model is all there is."""
+    """Towers, projectors and language model without the head; returns `last_hidden_state`."""
 
     def __init__(self, config: OmniConfig):
         super().__init__(config)
         vision, audio, hidden_size = config.vision_config, config.sound_config, config.llm_config.hidden_size
         self.language_model = OmniLanguageModel(config.llm_config)
-        if vision is None:
-            return self.post_init()
         self.vision_tower = OmniVisionModel(vision)
         shuffled = vision.hidden_size * config.merge_size**2
         self.vision_projector = OmniProjector(shuffled, config.projector_hidden_size, hidden_size)
@@ -396,6 +393,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
     Where the config has `num_nextn_predict_layers`, with heads of multi-token prediction: `mtp`, else None.
     """
 
+    model_class = OmniModel
     min_loss_chunks = 0  # see `chunked_cross_entropy`
     mtp_loss_weight = 0.1  # of the draft heads' loss beside the trunk's
     mtp_depth = 1  # drafts in a row that are learnt, if there are not more heads
@@ -403,7 +401,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: OmniConfig):
         super().__init__(config)
-        self.model = OmniModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.llm_config.hidden_size, config.llm_config.vocab_size, bias=False)
         self.mtp = OmniMTP(config.llm_config) if config.llm_config.num_nextn_predict_layers else None
         self.post_init()
@@ -597,12 +595,4 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
             generation_config.prefill_chunk_size = chunk
 
 
-class OmniForCausalLM(OmniForConditionalGeneration):
-    """The language model alone (`OmniTextConfig`): the text checkpoints of the family, Super and Ultra included."""
-
-    config_class = OmniTextConfig
-    input_modalities = ("text",)
-
-
 register_released_layout(MODEL_TYPE)
-register_released_layout("OmniForCausalLM", TEXT_RENAMES)  # the model type is that of transformers' native class

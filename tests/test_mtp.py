@@ -63,9 +63,7 @@ def test_head_equals_transformers_layers(model):
         expected = native(inputs_embeds=joined, attention_mask=mask, use_cache=False).last_hidden_state
         actual = model.mtp(hidden, embeds, attention_mask=mask)
         cache = model.mtp.new_cache()
-        parts = [
-            model.mtp(hidden[:, a:b], embeds[:, a:b], 0, mask[:, :b], cache) for a, b in ((0, 7), (7, 8), (8, 11))
-        ]
+        parts = [model.mtp(hidden[:, a:b], embeds[:, a:b], 0, mask[:, :b], cache) for a, b in ((0, 7), (7, 8), (8, 11))]
     real = mask.bool()
     torch.testing.assert_close(actual[real], expected[real], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.cat(parts, 1)[real], expected[real], atol=1e-5, rtol=1e-4)
@@ -284,12 +282,12 @@ def test_greedy_answers_are_those_without_drafts(model, drafts):
 
 
 def test_a_batch_with_padding_and_ends(model):
-    ids = prompts(3, 10, seed=3)
-    mask = torch.ones_like(ids)
-    for row, padding in enumerate((0, 3, 6)):
-        ids[row, :padding], mask[row, :padding] = 0, 0
     counts = Counter()
-    for end in range(1, VOCAB):
+    for end in range(VOCAB):
+        ids = prompts(2 + end % 2, 10, seed=end)
+        mask = torch.ones_like(ids)
+        for row, padding in enumerate((4, 0, 6)[: len(ids)]):
+            ids[row, :padding], mask[row, :padding] = 0, 0
         options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "eos_token_id": end}
         plain, drafted, own = both(model, ids, 2, **options)
         assert torch.equal(plain, drafted)
