@@ -28,11 +28,19 @@ class MTPLayer(OmniBlock):
     def __init__(self, config: OmniTextConfig, layer_idx: int, kind: str, first: bool, last: bool):
         super().__init__(config, layer_idx, kind)
         size, eps = config.hidden_size, config.layer_norm_epsilon
+        self.last = last
         if first:
             self.enorm, self.hnorm = OmniRMSNorm(size, eps), OmniRMSNorm(size, eps)
             self.eh_proj = nn.Linear(2 * size, size, bias=False)
         if last:
             self.final_layernorm = OmniRMSNorm(size, eps)
+
+    def forward(self, hidden: torch.Tensor, embeds: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """embeds: of the tokens further on, [B, S, D], for the first layer."""
+        if embeds is not None:
+            hidden = self.eh_proj(torch.cat([self.enorm(embeds), self.hnorm(hidden)], -1))
+        hidden = super().forward(hidden, **kwargs)
+        return self.final_layernorm(hidden.to(self.final_layernorm.weight.dtype)) if self.last else hidden
 
 
 class OmniMTP(nn.Module):
@@ -72,16 +80,12 @@ class OmniMTP(nn.Module):
             attention_mask, seq_idx: as in `OmniLanguageModel`, of the positions of `hidden_BSD`.
         """
         start = min(depth, self.depths - 1) * self.size
-        layers = self.layers[start : start + self.size]
-        first = layers[0]
-        hidden = first.eh_proj(torch.cat([first.enorm(embeds_BSD), first.hnorm(hidden_BSD)], -1))
-        attention = {}
+        hidden, attention = hidden_BSD, {}
         if "*" in self.config.mtp_hybrid_override_pattern:
             attention = attention_inputs(self.config, hidden, attention_mask, cache, None, seq_idx)
-        for layer in layers:
-            hidden = layer(hidden, cache=cache, attention=attention)
-        norm = layers[-1].final_layernorm
-        return norm(hidden.to(norm.weight.dtype))
+        for number, layer in enumerate(self.layers[start : start + self.size]):
+            hidden = layer(hidden, None if number else embeds_BSD, cache=cache, attention=attention)
+        return hidden
 
 
 def mtp_loss(
@@ -105,20 +109,16 @@ def mtp_loss(
         num_items, min_chunks: see `chunked_cross_entropy`; the number of trained tokens is the trunk's.
         depths: how many drafts in a row are learnt; beyond the heads there are, the last one is unrolled.
     """
-    total, length = 0.0, labels.shape[1]
-    usable = torch.ones_like(labels, dtype=torch.bool)
-    if attention_mask is not None:
-        usable &= attention_mask.bool()
+    total = 0.0
     for depth in range(depths):
         far = depth + 2
         embeds_BSD = F.pad(embeds_BSD[:, 1:], (0, 0, 0, 1))
         hidden_BSD = mtp(hidden_BSD, embeds_BSD, depth, attention_mask, seq_idx=seq_idx)
-        if length <= far:
-            break
-        targets = labels[:, far:].masked_fill(~usable[:, :-far], -100)
-        if seq_idx is not None:
-            targets = targets.masked_fill(seq_idx[:, far:] != seq_idx[:, :-far], -100)
-        targets = F.pad(targets, (1, far - 1), value=-100)  # the loss reads position t's target at t + 1
+        far_labels, targets = labels[:, far:], torch.full_like(labels, -100)
+        for numbers in (attention_mask, seq_idx):  # neither into padding nor into another document
+            if numbers is not None:
+                far_labels = far_labels.masked_fill(numbers[:, far:] != numbers[:, :-far], -100)
+        targets[:, 1 : 1 + far_labels.shape[1]] = far_labels  # the loss reads position t's target at t + 1
         total = total + chunked_cross_entropy(hidden_BSD, head, targets, num_items, min_chunks=min_chunks)
     return total / depths
 

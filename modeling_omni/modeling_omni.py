@@ -567,7 +567,9 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         drafts = {"mtp_drafts": kwargs.pop("mtp_drafts", None), "mtp_counts": kwargs.pop("mtp_counts", None)}
         if drafts["mtp_drafts"]:
             if kwargs.get("stop_strings"):  # transformers gives a decoding loop of one's own no tokenizer
-                raise ValueError("mtp_drafts takes no stop_strings; give stopping_criteria=[StopStringCriteria(...)]")
+                raise OmniInputError(
+                    "mtp_drafts takes no stop_strings; give stopping_criteria=[StopStringCriteria(...)]"
+                )
             kwargs["custom_generate"] = partial(draft_and_verify, streamer=kwargs.get("streamer"), **drafts)
         return super().generate(inputs, **kwargs)
 

@@ -34,19 +34,20 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from .media import OmniInputError
 from .token_reduction import ReducedCache
 
 
 def check_drafts(model, drafts: int, generation_config, cache) -> None:
-    """Raises a ValueError for what drafts cannot be combined with."""
+    """Raises an OmniInputError for what drafts cannot be combined with."""
     heads = model.config.llm_config.num_nextn_predict_layers
     if not isinstance(drafts, int) or drafts < 1:
-        raise ValueError(f"mtp_drafts must be a whole number from 1 on, got {drafts!r}")
+        raise OmniInputError(f"mtp_drafts must be a whole number from 1 on, got {drafts!r}")
     if heads != 1:
-        raise ValueError(f"mtp_drafts needs a model with one draft head; num_nextn_predict_layers is {heads}")
+        raise OmniInputError(f"mtp_drafts needs a model with one draft head; num_nextn_predict_layers is {heads}")
     plain = isinstance(cache, DynamicCache) and not isinstance(cache, ReducedCache) and not cache.offloading
     if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers if isinstance(layer, DynamicLayer)):
-        raise ValueError(
+        raise OmniInputError(
             "mtp_drafts needs the plain dynamic cache: leave out visual_keep, compile_decode, use_cache=False and "
             f"cache_implementation (the cache is {type(cache).__name__})"
         )
@@ -57,7 +58,7 @@ def check_drafts(model, drafts: int, generation_config, cache) -> None:
         "ZeRO-3": is_deepspeed_zero3_enabled(),
     }
     if found := [name for name, asked in others.items() if asked]:
-        raise ValueError(f"mtp_drafts cannot be combined with {', '.join(found)}")
+        raise OmniInputError(f"mtp_drafts cannot be combined with {', '.join(found)}")
 
 
 def draft_and_verify(
@@ -78,7 +79,7 @@ def draft_and_verify(
         mtp_counts: added to it are "passes" of the trunk behind the prompt, "drafted" and "accepted" tokens of a row.
 
     Raises:
-        ValueError: see `check_drafts`.
+        OmniInputError: see `check_drafts`.
     """
     cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
     check_drafts(model, mtp_drafts, generation_config, cache)

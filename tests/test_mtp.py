@@ -1,13 +1,15 @@
-"""Heads of multi-token prediction: against transformers' layers, in the released layout, trained, and drafting; and what
+"""Heads of multi-token prediction: against transformers' layers, in the released layout, trained, drafting; and what
 drafts must not change: greedy and sampled answers, scores, caches."""
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_model import LLM, collate, make_sample, randomize, tiny_config
 from transformers import LogitsProcessorList, NemotronHConfig, NemotronHForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -18,7 +20,11 @@ from modeling_omni.generation_rows import Row, RowSampler
 from modeling_omni.modeling_language import ssd_scan
 from modeling_omni.modeling_mtp import mtp_loss
 from modeling_omni.reasoning_budget import ReasoningBudget
+from modeling_omni.speculative import markdown, measure
 from modeling_omni.ssd import ssd_advance
+from modeling_omni.training import SFTArguments, load_arguments, train_sft
+
+ROOT = Path(__file__).parents[1]
 
 VOCAB = 6  # so small that a random head is right now and then
 TEXT = LLM | {"vocab_size": VOCAB, "hybrid_override_pattern": "MEM*E", "pad_token_id": 0}
@@ -48,7 +54,7 @@ def norm(x, weight, eps=1e-5):
 
 
 def test_head_equals_transformers_layers(model):
-    """transformers' class has no such head; its two-layer model with `final_layernorm` as last norm is the rest of it."""
+    """transformers' class has no such head; behind `eh_proj` it is a two-layer model whose last norm is the head's."""
     native = NemotronHForCausalLM(NemotronHConfig(**TEXT | HEAD | {"hybrid_override_pattern": "*E"})).eval().model
     state = {name: value for name, value in model.mtp.state_dict().items() if "final_layernorm" not in name}
     first = {name: state.pop(f"layers.0.{name}.weight") for name in ("enorm", "hnorm", "eh_proj")}
@@ -149,7 +155,7 @@ def test_config_keys():
 
 
 SUPER = {  # nvidia/NVIDIA-Nemotron-3-Super-120B-A12B
-    "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*" + 4 * "EMEMEMEMEM*" + "EMEMEMEM*EMEMEMEME",
     "hidden_size": 4096,
     "mamba_num_heads": 128,
     "n_routed_experts": 512,
@@ -197,7 +203,7 @@ def saved_names(folder) -> list[str]:
 
 
 def test_text_checkpoints_in_the_released_layout(model, tmp_path):
-    """What the native class saves is read, and it reads what is saved here (without the head, which it has no code for)."""
+    """What the native class saves is read, and it reads what is saved here but for the head, which it does not have."""
     model.save_pretrained(tmp_path)
     names = saved_names(tmp_path)
     assert [name for name in names if name.startswith("mtp.")] == [f"mtp.{name}" for name in HEAD_NAMES]
@@ -220,7 +226,7 @@ def test_text_checkpoints_in_the_released_layout(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def omni():
-    """The tiny omni model with a head; six tokens are far likelier than the others, so that drafts are right at times."""
+    """The tiny omni model with a head; six tokens are far likelier than the others: drafts are right now and then."""
     llm = LLM | {"hybrid_override_pattern": "ME*M-", "num_nextn_predict_layers": 1}
     model = randomize(OmniForConditionalGeneration(tiny_config(llm_config=llm))).eval()
     model.generation_config.pad_token_id = 0
@@ -357,9 +363,7 @@ def test_scores_logits_streams_and_the_cache_are_those_without_drafts(model):
     for stream, more in zip(streams, ({}, {"mtp_drafts": 3})):
         options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "top_k": 3}
         torch.manual_seed(0)
-        results.append(
-            model.generate(ids, streamer=stream, max_new_tokens=14, do_sample=True, **options, **more)
-        )  # fmt: skip
+        results.append(model.generate(ids, streamer=stream, max_new_tokens=14, do_sample=True, **options, **more))
     plain, drafted = results
     assert streams[0].ids == streams[1].ids and len(streams[0].ids) == 9 + 14 + 1
     assert torch.equal(plain.sequences, drafted.sequences)
@@ -388,23 +392,56 @@ def test_a_conversation_goes_on_in_its_cache(model):
     assert torch.equal(*answers)
 
 
-def test_reasoning_budget_with_drafts():
-    config = OmniConfig.from_pretrained(OmniProcessor.from_pretrained("nano").tokenizer.name_or_path)
-    config.llm_config.num_nextn_predict_layers = 1
-    torch.manual_seed(0)
-    nano = OmniForConditionalGeneration.from_pretrained("nano", config=config, dtype=torch.float32).eval()
-    processor = OmniProcessor.from_pretrained("nano")
-    messages = [{"role": "user", "content": "What is 3 + 4 + 2? Think step by step."}]
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    ids = inputs["input_ids"]
-    plain, drafted, counts = both(
-        nano, None, 2, max_new_tokens=24, do_sample=False, **inputs,
-        logits_processor=lambda: LogitsProcessorList([ReasoningBudget(processor, ids, 4, 2)]),
-    )  # fmt: skip
-    assert torch.equal(plain, drafted) and counts["passes"] > 0
-    assert ReasoningBudget(processor, ids, 4, 2).forced_mask(plain).any()
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The shipped nano with a head that was trained for a moment: everything else stays to the bit."""
+    folder = tmp_path_factory.mktemp("mtp")
+    args = load_arguments(SFTArguments, [
+        "--config", str(ROOT / "configs/nano/mtp.yaml"), "--output_dir", str(folder), "--steps", "6", "--workers", "0",
+        "--global_batch_size", "2", "--micro_batch_size", "2", "--data", '[{"path": "nano:text_copy"}]',
+    ])  # fmt: skip
+    train_sft(args)
+    return folder
+
+
+def test_training_changes_the_head_alone(trained):
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    shipped, own = (load_file(path / "model.safetensors") for path in (ROOT / "modeling_omni/nano", trained / "final"))
+    assert all(torch.equal(value, own[name]) for name, value in shipped.items())
+    assert {name.split(".layers.")[0] for name in own.keys() - shipped.keys()} == {"language_model.mtp"}
+    assert all(value.isfinite().all() for value in own.values()) and lines[-1]["step"] == 6
+
+
+def test_nano_writes_the_same_with_drafts_and_a_reasoning_budget(trained):
+    nano = OmniForConditionalGeneration.from_pretrained(trained / "final", dtype=torch.float32).eval()
+    processor = OmniProcessor.from_pretrained(trained / "final")
+    picture = {"type": "image", "path": str(ROOT / "modeling_omni/nano/examples/shapes.png")}
+    sound = {"type": "audio", "path": str(ROOT / "modeling_omni/nano/examples/digits.wav")}
+    asked = [
+        (["What is 3 + 4 + 2? Think step by step."], True, 4),
+        (["What is 3 + 4 + 2? Think step by step."], True, None),
+        (["Copy: banana split"], False, None),
+        ([picture, "Describe the picture."], False, None),
+        ([sound, "Which digits are spoken?"], False, None),
+    ]
+    counts = Counter()
+    for parts, thinking, budget in asked:
+        content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, enable_thinking=thinking,
+            tokenize=True, return_dict=True, return_tensors="pt",
+        )  # fmt: skip
+        options = {"max_new_tokens": 24, "do_sample": False, "suppress_tokens": [18]}
+        if budget is not None:
+            options["logits_processor"] = lambda ids=inputs["input_ids"], budget=budget: LogitsProcessorList(
+                [ReasoningBudget(processor, ids, budget, 2)]
+            )
+        plain, drafted, own = both(nano, None, 2, **options, **inputs)
+        assert torch.equal(plain, drafted)
+        if budget is not None:
+            assert ReasoningBudget(processor, inputs["input_ids"], budget, 2).forced_mask(plain).any()
+        counts += own
+    assert counts["passes"] > 0
 
 
 def test_what_drafts_cannot_be_combined_with_is_refused(model):
@@ -424,3 +461,12 @@ def test_what_drafts_cannot_be_combined_with_is_refused(model):
         text_model(num_nextn_predict_layers=0).generate(ids, max_new_tokens=4, mtp_drafts=2)
     with pytest.raises(ValueError, match="num_nextn_predict_layers is 2"):
         text_model(num_nextn_predict_layers=2).generate(ids, max_new_tokens=4, mtp_drafts=2)
+
+
+def test_the_measurement_runs(trained):
+    model = OmniForConditionalGeneration.from_pretrained(trained / "final", dtype=torch.float32).eval()
+    rows = measure(model, OmniProcessor.from_pretrained(trained / "final"), ["text_copy"], [2], samples=2)
+    assert [row["drafts"] for row in rows] == [0, 2] and all(row["same"] for row in rows)
+    assert rows[0]["passes"] == rows[0]["tokens"] == rows[1]["tokens"] == rows[1]["passes"] + rows[1]["accepted"]
+    table = markdown(rows).splitlines()
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| text_copy"] * 2 + ["| all"] * 2
