@@ -261,6 +261,8 @@ def build_model(args: SFTArguments, dtype: torch.dtype = torch.float32, start: s
         config.llm_config.num_nextn_predict_layers = config.llm_config.num_nextn_predict_layers or args.mtp_layers
         torch.manual_seed(args.seed)
         model = OmniForConditionalGeneration.from_pretrained(checkpoint, config=config, dtype=dtype)
+        if args.mtp_layers:  # transformers saves by the rules that loading used: new heads have one of their own
+            model._weight_conversions = None
     else:
         torch.manual_seed(args.seed)
         model = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(Path(args.model_config).read_text()))).to(

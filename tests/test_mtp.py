@@ -15,12 +15,12 @@ from transformers import LogitsProcessorList, NemotronHConfig, NemotronHForCausa
 from transformers.cache_utils import DynamicCache
 
 from modeling_omni import OmniForCausalLM, OmniForConditionalGeneration, OmniProcessor
+from modeling_omni.benchmark_drafts import markdown, measure
 from modeling_omni.configuration_omni import OmniConfig, OmniTextConfig
 from modeling_omni.generation_rows import Row, RowSampler
 from modeling_omni.modeling_language import ssd_scan
 from modeling_omni.modeling_mtp import mtp_loss
 from modeling_omni.reasoning_budget import ReasoningBudget
-from modeling_omni.speculative import markdown, measure
 from modeling_omni.ssd import ssd_advance
 from modeling_omni.training import SFTArguments, load_arguments, train_sft
 
