@@ -81,11 +81,8 @@ def draft_and_verify(
     config, counts = generation_config, Counter() if mtp_counts is None else mtp_counts
     limit, chunk, device = stopping_criteria.max_length, config.prefill_chunk_size, input_ids.device
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    kept = {
-        name: ()
-        for name in ("scores", "logits")
-        if config.return_dict_in_generate and getattr(config, f"output_{name}")
-    }
+    names = ("scores", "logits") if config.return_dict_in_generate else ()
+    kept = {name: () for name in names if getattr(config, f"output_{name}")}
     noise = deque()  # of the next tokens in order, each drawn once: the stream is that of plain sampling
 
     def choose(scores_BV: torch.Tensor, place: int) -> torch.Tensor:
@@ -108,7 +105,7 @@ def draft_and_verify(
 
     hidden, after = prefill(model, input_ids, config, cache, mask, model_kwargs.get("inputs_embeds"))
     logits = model.lm_head(hidden[:, -1:])
-    tokens, drafts, own = input_ids, input_ids[:, :0], model.mtp.new_cache()
+    tokens, drafts, own, window = input_ids, input_ids[:, :0], model.mtp.new_cache(), None
     unfinished = torch.ones(len(tokens), dtype=torch.bool, device=device)
     while True:
         taken = 0
@@ -131,8 +128,8 @@ def draft_and_verify(
             taken += 1
             if not agrees or not bool(unfinished.any()):
                 break
-        if drafts.shape[1]:
-            keep_tokens(model, cache, taken, of=1 + drafts.shape[1])
+        if window is not None:
+            keep_tokens(model, cache, window, taken, of=1 + drafts.shape[1])
         counts["accepted"] += taken - 1
         if not bool(unfinished.any()):
             break
@@ -144,14 +141,16 @@ def draft_and_verify(
             after = after[:, :0]
         else:
             drafts = drafts[:, :0]
-        if drafts.shape[1]:
-            cache.draft_window = {}
-        hidden = model.model(
-            input_ids=torch.cat([tokens[:, -1:], drafts], 1).to(hidden.device),
-            attention_mask=seen(1 + drafts.shape[1]),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
+        cache.draft_window = window = {} if drafts.shape[1] else None
+        try:
+            hidden = model.model(
+                input_ids=torch.cat([tokens[:, -1:], drafts], 1).to(hidden.device),
+                attention_mask=seen(1 + drafts.shape[1]),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        finally:
+            cache.draft_window = None
         logits = model.lm_head(hidden)
         counts["passes"] += 1
         counts["drafted"] += drafts.shape[1]
@@ -186,9 +185,12 @@ def prefill(
     return output.last_hidden_state, embeds[:, 1:]
 
 
-def keep_tokens(model, cache: Cache, tokens: int, of: int) -> None:
-    """Of the window of `of` tokens that the trunk has just read, leaves the first `tokens` in the cache."""
-    window, cache.draft_window = cache.draft_window, None
+def keep_tokens(model, cache: Cache, window: dict[int, tuple], tokens: int, of: int) -> None:
+    """Of the `of` tokens that the trunk has just read, leaves the first `tokens` in the cache.
+
+    Args:
+        window: number of a Mamba layer -> its inputs, see `Mamba2Mixer.advance`.
+    """
     for number, inputs in window.items():
         model.model.language_model.layers[number].mixer.advance(cache, inputs, tokens)
     for layer in cache.layers:
