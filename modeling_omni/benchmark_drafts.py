@@ -19,8 +19,8 @@ def measure(model, processor, skills: list[str], drafts: list[int], samples: int
     """Greedy answers to held-out samples, one at a time, without drafts and with each number of them.
 
     Returns:
-        [{"skill", "drafts", "tokens" (written behind the first), "passes" (of the trunk, for those), "drafted",
-        "accepted", "same" (whether all answers are those without drafts), "seconds" (decoding and prefill)}].
+        [{"skill", "drafts", "passes", "tokens", "drafted", "accepted" (see `draft_and_verify`), "same" (whether all
+        answers are those without drafts), "seconds" (decoding and prefill)}].
     """
     from .evaluation import FIRST_SEED, THOUGHT_SKILLS
     from .inference import generation_options

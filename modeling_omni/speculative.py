@@ -71,7 +71,8 @@ def draft_and_verify(
 
     Args:
         mtp_drafts: k, the drafts of a round (fewer where the length ends).
-        mtp_counts: added to it are "passes" of the trunk behind the prompt, "drafted" and "accepted" tokens of a row.
+        mtp_counts: added to it are "passes" of the trunk behind the prompt, the "tokens" of a row that they wrote, the
+            drafts they read ("drafted"), and those that were right ("accepted"; an end that was drafted is one).
 
     Raises:
         OmniInputError: see `check_drafts`.
@@ -126,11 +127,11 @@ def draft_and_verify(
             unfinished = unfinished & ~stopping_criteria(tokens, kept.get("scores"))
             agrees = taken < drafts.shape[1] and not bool(((token != drafts[:, taken]) & unfinished).any())
             taken += 1
+            counts["accepted"] += agrees
             if not agrees or not bool(unfinished.any()):
                 break
         if window is not None:
             keep_tokens(model, cache, window, taken, of=1 + drafts.shape[1])
-        counts["accepted"] += taken - 1
         if not bool(unfinished.any()):
             break
         drafted = mtp_drafts if limit is None else min(mtp_drafts, limit - tokens.shape[1] - 1)
@@ -154,6 +155,7 @@ def draft_and_verify(
         logits = model.lm_head(hidden)
         counts["passes"] += 1
         counts["drafted"] += drafts.shape[1]
+    counts["tokens"] += tokens.shape[1] - input_ids.shape[1] - 1  # the prompt's pass wrote one
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:

@@ -282,7 +282,8 @@ def test_greedy_answers_are_those_without_drafts(model, drafts):
         options = {"max_new_tokens": 12 + number, "do_sample": False, "prefill_chunk_size": 4 if number % 2 else None}
         plain, drafted, own = both(model, ids[None, number:], drafts, **options)
         assert torch.equal(plain, drafted)
-        assert own["passes"] + own["accepted"] == plain.shape[1] - len(ids[number:]) - 1
+        assert own["tokens"] == plain.shape[1] - len(ids[number:]) - 1
+        assert own["tokens"] - 1 <= own["passes"] + own["accepted"] <= own["tokens"] + 1
         counts += own
     assert 0 < counts["accepted"] < counts["drafted"] <= drafts * counts["passes"]
 
@@ -334,7 +335,7 @@ def test_a_perfect_head_is_always_accepted_when_sampling():
         prompts(1), do_sample=True, max_new_tokens=21, mtp_drafts=3, mtp_counts=counts, eos_token_id=None
     )
     assert len(ids[0, 9:].unique()) > 3  # chance of fewer: below one in 10^6
-    assert counts == {"passes": 5, "drafted": 15, "accepted": 15}
+    assert counts == {"passes": 5, "tokens": 20, "drafted": 15, "accepted": 15}
 
 
 def test_processors_with_a_state_see_every_token_once(model):
@@ -467,6 +468,6 @@ def test_the_measurement_runs(trained):
     model = OmniForConditionalGeneration.from_pretrained(trained / "final", dtype=torch.float32).eval()
     rows = measure(model, OmniProcessor.from_pretrained(trained / "final"), ["text_copy"], [2], samples=2)
     assert [row["drafts"] for row in rows] == [0, 2] and all(row["same"] for row in rows)
-    assert rows[0]["passes"] == rows[0]["tokens"] == rows[1]["tokens"] == rows[1]["passes"] + rows[1]["accepted"]
+    assert rows[0]["passes"] == rows[0]["tokens"] == rows[1]["tokens"] <= rows[1]["passes"] + rows[1]["accepted"]
     table = markdown(rows).splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| text_copy"] * 2 + ["| all"] * 2
