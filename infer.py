@@ -132,6 +132,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     chat.set_defaults(run=run_chat)
+    for command in (ask, chat):
+        command.add_argument("--mtp-drafts", type=positive, metavar="K",
+                             help="the checkpoint's draft head drafts K tokens for each pass: same answer")  # fmt: skip
 
     batch = commands.add_parser(
         "batch", parents=[model, media, asking, generation, reasoning], help="JSONL of prompts to JSONL of answers",
@@ -254,6 +257,7 @@ def generate(model, processor, inputs: dict, options, show: bool = True) -> dict
         prefill_chunk_size=options.prefill_chunk_size,
         reasoning_budget=options.reasoning_budget,
         reasoning_grace=options.reasoning_grace,
+        mtp_drafts=options.mtp_drafts,
     )
     with stop_on_ctrl_c(stop), contextlib.closing(stream):
         for section, piece in stream:

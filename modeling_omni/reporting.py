@@ -23,6 +23,7 @@ def parameter_table(model, groups: dict[str, str], group_of) -> str:
     counts = {group: [0, 0] for group in groups}
     for name, parameter in model.named_parameters():
         counts[group_of(name)][not parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    counts = {group: pair for group, pair in counts.items() if any(pair) or group != "mtp"}  # most have no such head
     counts["all"] = [sum(column) for column in zip(*counts.values())]
     lines = [f"{'group':18}{'trained':>16}{'frozen':>16}"]
     return "\n".join(lines + [f"{group:18}{trained:16,}{frozen:16,}" for group, (trained, frozen) in counts.items()])

@@ -348,6 +348,20 @@ def ssd_step(
     return y if D_H is None else torch.addcmul(y, x, D_H.float()[:, None])
 
 
+def ssd_advance(
+    x_BSHP: torch.Tensor, dt_BSH: torch.Tensor, A_H: torch.Tensor, B_BSGN: torch.Tensor, state_BHPN: torch.Tensor
+) -> None:
+    """The state that `ssd_scan` leaves behind the tokens, without its outputs; `state_BHPN` is updated in place.
+
+    One product per group, for a handful of tokens whose outputs are known already.
+    """
+    total_BSH = (dt_BSH * A_H).cumsum(1)  # log decay through each token
+    weight_BSH = (total_BSH[:, -1:] - total_BSH).exp() * dt_BSH
+    inputs = (x_BSHP.float() * weight_BSH[..., None]).unflatten(2, (B_BSGN.shape[2], -1)).flatten(3)  # [B, S, G, R P]
+    new = inputs.permute(0, 2, 3, 1) @ B_BSGN.float().transpose(1, 2)  # [B, G, R P, N]
+    state_BHPN.mul_(total_BSH[:, -1].exp()[..., None, None]).add_(new.reshape(state_BHPN.shape))
+
+
 # ---- the convolution ----
 
 
@@ -465,4 +479,4 @@ def causal_conv1d_step(window_BCK: torch.Tensor, weight_CK: torch.Tensor, bias_C
     return F.silu(y if bias_C is None else y + bias_C)
 
 
-__all__ = ["SCAN_CHUNK", "causal_conv1d", "causal_conv1d_step", "cuda_kernels", "ssd_scan", "ssd_step"]
+__all__ = ["SCAN_CHUNK", "causal_conv1d", "causal_conv1d_step", "cuda_kernels", "ssd_advance", "ssd_scan", "ssd_step"]
