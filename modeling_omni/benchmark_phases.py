@@ -112,6 +112,24 @@ def prefill(options: Options) -> Iterator[Case]:
         yield case
 
 
+def reduction(options: Options) -> Iterator[Case]:
+    """Prefill of a long video's tokens (random embeddings) and a question: all of them in all layers, or a share of them
+    in the mean over the layers. Compared with itself."""
+    visual = QUICK_TOKENS if options.quick else 8192
+    size, dtype = ("nano", "fp32") if options.quick else ("mid", "bf16")
+    if dtype not in options.dtypes:
+        return
+    model = models(size, dtype, options.device)[0]
+    types = torch.tensor([0] * 8 + [2] * visual + [0] * 32, device=options.device)[None]
+    width = model.config.llm_config.hidden_size
+    embeds = torch.randn(1, types.shape[1], width, device=options.device, dtype=DTYPES[dtype])
+    given = {"inputs_embeds": embeds, "mm_token_type_ids": types, "max_new_tokens": 1, "do_sample": False}
+    run = partial(model.generate, pad_token_id=0, **given)
+    calls = {"ours": run, "ours, visual_keep 0.5": partial(run, visual_keep=0.5)}
+    calls["ours, visual_keep 0.25"] = partial(run, visual_keep=0.25)
+    yield Case(f"{size}, {visual:,} tokens of video", dtype, calls)
+
+
 def continued(model, text, held: dict, batch: int, context: int, new: int, compiled: bool = False) -> float:
     """Decoding behind a long random cache, which is made at the first call and grows by a few tokens with each."""
     if not held:
@@ -363,6 +381,7 @@ def load(options: Options) -> Iterator[Case]:
 
 PHASES = {
     "prefill": prefill,
+    "reduction": reduction,
     "train": train,
     "scan": scan,
     "vision": vision,
