@@ -61,7 +61,10 @@ def contains(prediction: str, gold: str, spaces: bool = True) -> float:
 
 def anls(prediction: str, gold: str, threshold: float = 0.5) -> float:
     """Normalised Levenshtein similarity of an answer (Biten et al. 2019): 1 - edits / longer length, but 0 where it is
-    below `threshold`. Case and repeated blanks do not count. Of several golds `score` takes the best."""
+    below `threshold`. Case and repeated blanks do not count. Of several golds `score` takes the best.
+
+    A similarity of exactly 0.5 counts, as in the benchmarks' scripts (the definition in the paper drops it).
+    """
     answer, wanted = one_line(prediction), one_line(gold)
     longest = max(len(answer), len(wanted))
     if not wanted or min(len(answer), len(wanted)) < threshold * longest or longest > MAX_CHARS:
