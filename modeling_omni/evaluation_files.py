@@ -33,7 +33,7 @@ from .media import OmniInputError
 from .metrics import bootstrap_interval, corpus_wer, final_answer, mean_interval, word_errors
 from .rewards import check_gold, score, verifier_name
 
-PACKAGES = ("modeling-omni", "torch", "transformers", "numpy", "jiwer", "rapidfuzz", "av", "soundfile")
+PACKAGES = ("transformers", "numpy", "jiwer", "rapidfuzz", "av", "soundfile")
 GRIDS = ("image_grid_thw", "video_grid_thw", "video_keep_tokens", "audio_clip_counts")
 
 
@@ -120,7 +120,9 @@ def checkpoint_fingerprint(name: str) -> str:
 
 def provenance() -> dict:
     """Date, versions of the packages that matter, and, where this package lies in a git tree, the commit."""
-    versions = {"python": platform.python_version()}
+    from . import __version__
+
+    versions = {"python": platform.python_version(), "modeling_omni": __version__, "torch": torch.__version__}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -23,6 +23,7 @@ from modeling_omni.evaluation_tables import first_token, merged, nano_files, syn
 from modeling_omni.inference import encode, load, user_message
 from modeling_omni.media import VideoClip
 from modeling_omni.metrics import wilson_interval
+from modeling_omni.nano_data import make_sample
 
 ROOT = Path(__file__).parent.parent
 MEDIA = ROOT / "modeling_omni/nano/examples"
@@ -71,11 +72,11 @@ def test_rows_of_every_kind_are_answered_and_scored(run, tmp_path):
     where = [{"role": "user", "content": [{"type": "image", "path": "shapes.png"},
                                           {"type": "text", "text": "Where is the red circle?"}]}]  # fmt: skip
     rows = [
-        copied("banana split", id="copy", source="text"),
+        copied("abc", id="copy", source="text"),
         {"id": "place", "prompt": where, "answer": "top right", "verifier": "string-match", "source": "picture"},
         {"id": "wrong", "prompt": where, "answer": "bottom left", "metric": "exact_match"},
         {"id": "sft", "messages": [*where, {"role": "assistant", "content": "top right"}], "source": "picture"},
-        {"id": "heard", "prompt": "Which digits are spoken?", "audio": ["digits.wav"], "answer": "none", "metric": "wer"},
+        {"id": "heard", "prompt": "Which digits are spoken?", "audio": "digits.wav", "answer": "none", "metric": "wer"},
         {"id": "told", "prompt": "Copy: abc", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
         {"id": "gold", "prompt": "Copy: a", "answer": "many", "verifier": "numeric"},
         {"id": "lost", "prompt": "What?", "image": "nowhere.png", "answer": "a", "verifier": "string_match"},
@@ -87,8 +88,8 @@ def test_rows_of_every_kind_are_answered_and_scored(run, tmp_path):
     assert code == 0
     found = {line["id"]: line for line in read_lines(out / "mixed.predictions.jsonl")}
     assert len(found) == 10 and sum("error" in line for line in found.values()) == 4
-    assert found["copy"]["answer"] == "banana split" and found["copy"]["prompt"].endswith("<think></think>")
-    assert "Copy: banana split" in found["copy"]["prompt"] and found["copy"]["media"] == {}
+    assert found["copy"]["answer"] == "abc" and found["copy"]["prompt"].endswith("<think></think>")
+    assert "Copy: abc" in found["copy"]["prompt"] and found["copy"]["media"] == {}
     tokens = found["place"]["tokens"]["image"]
     assert f"<img><image {tokens}></img>Where is" in found["place"]["prompt"] and tokens > 0
     _, h, w = found["place"]["media"]["image_grid_thw"][0]
@@ -118,7 +119,7 @@ def test_rows_of_every_kind_are_answered_and_scored(run, tmp_path):
 
 
 def test_goes_on_after_a_kill_and_refuses_other_settings(run, tmp_path):
-    rows = [copied(f"word {number}") for number in range(5)]
+    rows = [copied(word) for word in ("abc", "xk", "qg", "ts", "red")]
     file, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out"
     assert run("--data", f"mine={file}", "--out", out, "--samples", 3)[0] == 0
     first = (out / "mine.predictions.jsonl").read_bytes()
@@ -138,7 +139,7 @@ def test_goes_on_after_a_kill_and_refuses_other_settings(run, tmp_path):
 
 
 def test_several_runs_are_averaged(run, tmp_path):
-    file, out = write_rows(tmp_path / "r.jsonl", [copied("banana split"), copied("abc")]), tmp_path / "out"
+    file, out = write_rows(tmp_path / "r.jsonl", [copied("abc"), copied("red")]), tmp_path / "out"
     assert run("--data", file, "--out", out, "--runs", 3, "--temperature", 3, "--max-new-tokens", 8)[0] == 0
     runs = [read_lines(out / f"r.run{number}.scores.jsonl") for number in range(3)]
     table = json.loads((out / "results.json").read_text())["table"]
@@ -239,11 +240,12 @@ def test_tables(run, tmp_path):
         "answer": "x",
         "verifier": "string_match",
     }
-    sums = {"prompt": "What is 3 + 4 + 2? Think step by step.", "answer": "9", "verifier": "numeric"}
+    asked, known = make_sample("text_math", 10**6, "heldout")["messages"]
+    sums = {"prompt": asked["content"], "answer": known["content"], "verifier": "numeric"}
     files = [f"clips={write_rows(tmp_path / 'a.jsonl', [moves])}", f"sums={write_rows(tmp_path / 'b.jsonl', [sums])}"]
     out = tmp_path / "out"
     arguments = ["--suite", "tables", "--data", *files, "--out", out, "--samples", 2, "--table-frames", 4, 8]
-    arguments += ["--ttft-clip", 8, 64, "--ttft-runs", 1, "--budgets", 0, 4, "--max-new-tokens", 40]
+    arguments += ["--ttft-clip", 8, 64, "--ttft-runs", 1, "--budgets", 0, 4, "--max-new-tokens", 64]
     code, shown, err, loads = run(*arguments)
     assert (code, loads) == (0, 1), err
     tables = {table["table"]: table for table in json.loads((out / "results.json").read_text())["table"]}
