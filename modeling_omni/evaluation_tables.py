@@ -28,8 +28,8 @@ from .media import OmniInputError, VideoClip
 from .video_processing_omni import OmniVideoProcessor
 
 TABLES = ("modes", "11", "12", "13")
-# the skills of nano whose held-out tasks stand in for the paper's benchmarks; of text_math every sample taught a thought,
-# of the others one in four
+# the skills of nano whose held-out tasks stand in for the paper's benchmarks; of text_math every sample taught a
+# thought, of the others one in four
 REASONED = ("text_math", "text_relation", "image_relation", "image_count", "video_turns")
 EVERY_KIND = ("text_math", "text_chat", "image_where", "image_count", "image_word", "speech_digits", "speech_words")
 EVERY_KIND += ("video_mover", "video_turns", "video_heard_motion", "heard_picture")
