@@ -113,7 +113,7 @@ def prefill(options: Options) -> Iterator[Case]:
 
 
 def reduction(options: Options) -> Iterator[Case]:
-    """Prefill of a long video's tokens (random embeddings) and a question: all of them in all layers, or a share of them
+    """Prefill of a long video (random embeddings) and a question: all tokens in all layers, or a share of them
     in the mean over the layers. Compared with itself."""
     visual = QUICK_TOKENS if options.quick else 8192
     size, dtype = ("nano", "fp32") if options.quick else ("mid", "bf16")
