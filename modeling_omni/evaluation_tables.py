@@ -14,7 +14,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +49,9 @@ class SingleFrames(OmniVideoProcessor):
     So the tower takes the last frame of an odd video in training. Needs `video_temporal_patch_size=1`.
     """
 
-    def patches(self, frames_THWC: np.ndarray, h: int, w: int) -> torch.Tensor:
-        """uint8 RGB [T, H, W, 3] -> float32 [T * h * w, 2 * 3 * 16 * 16], both halves alike."""
-        return super().patches(frames_THWC, h, w).repeat(1, 2)
+    def patches(self, videos: Sequence[tuple[np.ndarray, int, int]]) -> torch.Tensor:
+        """uint8 RGB [T, H, W, 3] and the grid h, w of every video -> float32 [sum T * h * w, 2 * P], halves alike."""
+        return super().patches(videos).repeat(1, 2)
 
 
 def without_tubelets(processor):
