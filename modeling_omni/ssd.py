@@ -334,7 +334,8 @@ def ssd_step(
         _, _, size, states = state_BHPN.shape
         dt, A = dt_BH[..., None].expand(-1, -1, size), A_H[:, None, None].expand(-1, size, states)
         D = None if D_H is None else D_H.float()[:, None].expand(-1, size)
-        return selective_state_update(state_BHPN, x_BHP.float(), dt, A, B_BGN.float(), C_BGN.float(), D)
+        bias = torch.zeros_like(A_H)[:, None].expand(-1, size)  # its shortcut for strides of 0 reads it unasked
+        return selective_state_update(state_BHPN, x_BHP.float(), dt, A, B_BGN.float(), C_BGN.float(), D, dt_bias=bias)
     groups = B_BGN.shape[1]
     x = x_BHP.float()
     B, C = B_BGN.to(state_BHPN.dtype), C_BGN.float()

@@ -1,6 +1,11 @@
 """Every fast form of the language model against the plain one: values, gradients, memory, and `generate` compiled."""
 
+import importlib.util
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -481,3 +486,15 @@ def test_the_switch_of_kernels(caplog, monkeypatch, tmp_path):
     config = OmniTextConfig(**LLM, kernels="torch", hybrid_override_pattern="M")
     config.save_pretrained(tmp_path)
     assert config.kernels == "torch" and OmniTextConfig.from_pretrained(tmp_path).kernels == "auto"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="mamba_ssm is not installed")
+def test_mamba_ssm_kernels_in_the_interpreter():
+    """Needs mamba_ssm's Python files; `triton_worker.py` says how to get them without a GPU."""
+    worker = Path(__file__).with_name("triton_worker.py")
+    command, environment = [sys.executable, str(worker)], os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["scan", "scan", "step"]
+    assert all(float(forward) < 1e-5 and float(backward) < 1e-4 for _, forward, backward in lines)
