@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
 from .ssd import cuda_kernels
@@ -119,6 +120,24 @@ class _Relu2(torch.autograd.Function):
 def relu2(x: torch.Tensor) -> torch.Tensor:
     """Squared ReLU, the activation of the experts, the MLP layers and both projectors."""
     return _Relu2.apply(x) if needs_grad(x) else F.relu(x).square_()
+
+
+# ---- linear layers ----
+
+
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`layer(x)`. [..., in] -> [..., out].
+
+    A single token in compiled code on a CPU is a multiplication and a sum: the compiler makes one loop of them, which
+    streams the weights about twice as fast as the library's product of one row.
+    """
+    one = torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]
+    if not one or type(layer) is not nn.Linear:  # adapters and quantised layers have a way of their own
+        return layer(x)
+    y = (layer.weight.float() * x.flatten().float()).sum(-1)
+    if layer.bias is not None:
+        y = y + layer.bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 # ---- routed experts ----
@@ -379,4 +398,4 @@ def _attend_varlen(query, key, value, documents):
     return output.unflatten(0, (query.shape[0], -1))
 
 
-__all__ = ["causal_attention", "gated_group_rms_norm", "recomputed", "relu2", "rms_norm", "routed_experts"]
+__all__ = ["causal_attention", "gated_group_rms_norm", "linear", "recomputed", "relu2", "rms_norm", "routed_experts"]

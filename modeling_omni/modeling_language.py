@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_omni import OmniTextConfig
-from .kernels import causal_attention, gated_group_rms_norm, relu2, rms_norm, routed_experts
+from .kernels import causal_attention, gated_group_rms_norm, linear, relu2, rms_norm, routed_experts
 from .ssd import causal_conv1d, causal_conv1d_step, ssd_advance, ssd_scan, ssd_step
 
 LOSS_CHUNK = 1024  # trained tokens whose logits exist at a time
@@ -91,7 +91,7 @@ class Mamba2Mixer(nn.Module):
         inner, bc_size = self.num_heads * self.head_dim, self.n_groups * self.state_size
         if padding_mask is not None:
             hidden_BSD = hidden_BSD * padding_mask[..., None]
-        gate, xbc, dt = self.in_proj(hidden_BSD).split([inner, inner + 2 * bc_size, self.num_heads], -1)
+        gate, xbc, dt = linear(self.in_proj, hidden_BSD).split([inner, inner + 2 * bc_size, self.num_heads], -1)
 
         state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
         one_step = state is not None and length == 1
@@ -121,7 +121,7 @@ class Mamba2Mixer(nn.Module):
                 cache.update_recurrent_state(state.to(self.state_dtype), self.layer_idx)
             if context is not None:
                 y = context.add_incoming_state(y, state, dt * A, C)
-        return self.out_proj(self.norm(y.flatten(-2), gate))
+        return linear(self.out_proj, self.norm(y.flatten(-2), gate))
 
     def advance(self, cache: Cache, inputs: tuple[torch.Tensor, ...], tokens: int) -> None:
         """Takes the first `tokens` of a draft window (see `forward`) into the cache's convolution and state."""
@@ -205,7 +205,7 @@ class OmniMLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(relu2(self.up_proj(hidden)))
+        return linear(self.down_proj, relu2(linear(self.up_proj, hidden)))
 
 
 class MoE(nn.Module):
@@ -225,7 +225,7 @@ class MoE(nn.Module):
         hidden = hidden_BSD.flatten(0, -2)
         experts, weights = self.gate(hidden)
         if self.latent:
-            routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(hidden), experts, weights))
+            routed = linear(self.fc2_latent_proj, self.experts(linear(self.fc1_latent_proj, hidden), experts, weights))
         else:
             routed = self.experts(hidden, experts, weights)
         return (routed + self.shared_experts(hidden)).view_as(hidden_BSD)
@@ -276,7 +276,7 @@ class OmniAttention(nn.Module):
     ) -> torch.Tensor:
         """attention_mask, documents: see `attention_inputs`; keys: how many of the cache's keys exist (None: all)."""
         query, key, value = (
-            proj(hidden_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            linear(proj, hidden_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
@@ -288,12 +288,12 @@ class OmniAttention(nn.Module):
             return self.o_proj(context.attend(query, key, value, self.head_dim**-0.5, dropout).flatten(2))
         if self.config._attn_implementation == "sdpa":
             output = causal_attention(query, key, value, attention_mask, dropout, documents, self.config.kernels)
-            return self.o_proj(output.flatten(2))
+            return linear(self.o_proj, output.flatten(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, _ = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.head_dim**-0.5, **kwargs
         )
-        return self.o_proj(output.flatten(2))
+        return linear(self.o_proj, output.flatten(2))
 
 
 class OmniBlock(GradientCheckpointingLayer):

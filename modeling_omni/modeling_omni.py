@@ -23,6 +23,7 @@ from .configuration_omni import TYPE_AUDIO as AUDIO
 from .configuration_omni import TYPE_IMAGE as IMAGE
 from .configuration_omni import TYPE_VIDEO as VIDEO
 from .evs import check_places, evs_keep_indices, order_of_kept_tokens, reserve_kept_tokens
+from .kernels import linear
 from .media import OmniInputError
 from .modeling_audio import OmniAudioModel, init_audio_weights
 from .modeling_language import (
@@ -520,7 +521,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         logits = None
         if not (skip_logits and labels is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept]).float()
+            logits = linear(self.lm_head, hidden[:, kept]).float()
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
         )
