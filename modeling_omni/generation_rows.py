@@ -256,8 +256,11 @@ def generate_or_split(
             failure = error.with_traceback(None)  # the frames hold the batch
         if failure is None:
             continue
-        if type(failure).__name__ == "OutOfMemoryError" and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if type(failure).__name__ == "OutOfMemoryError":
+            if conversations is not None:
+                conversations.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         logger.warning("a batch of %d failed: %s: %s", len(rows), type(failure).__name__, str(failure)[:500])
         left = [row for row in rows if row.finish_reason is None]
         again = [row for row in left if row.on_token is None or not row.tokens]

@@ -1,6 +1,7 @@
 """A conversation that goes on equals one that is read from nothing, and runs no tower twice (fp32, tiny models)."""
 
 import contextlib
+import threading
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from modeling_omni.inference import encode, stream_answer
 
 PROCESSOR = OmniProcessor.from_pretrained("nano")
 TEXT = list(range(40, 300))  # ids that are plain text
+HEADER = 5  # a newline, <|im_start|>, "assistant\\n", and <think> with </think> or a newline
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +85,12 @@ def tokens_read(model):
         handle.remove()
 
 
-def turn(model, cache, messages, thinking=False, **options) -> tuple[str, int]:
+def turn(model, cache, messages, thinking=False, settings=None, **options) -> tuple[str, int]:
     """Answers with the cache and without it, checks that both are equal; the answer and the tokens that were known."""
     inputs = encode(model, PROCESSOR, messages, thinking, **options)
     ready = cache.prefill(model, inputs)
     arguments = generate_inputs([ready], model.device)
-    settings = {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True} | (settings or {})
     warm = model.generate(**arguments, **settings)
     cache.finish(ready, warm.sequences[0])
     cold = model.generate(**inputs, **settings)
@@ -100,22 +102,19 @@ def turn(model, cache, messages, thinking=False, **options) -> tuple[str, int]:
 
 MEDIA = {
     "text": (),
-    "image": (image(1),),
-    "video": (video(2),),
-    "audio": (audio(3),),
     "mix": (video(2), "and", image(1), audio(3), image(4)),
 }
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-@pytest.mark.parametrize("kind", [*MEDIA, "evs"])
+@pytest.mark.parametrize("kind", ["text", "mix", "evs"])
 def test_three_turns_equal_a_fresh_start(model, kind, thinking):
     """Logits of every new token; media of earlier turns run no tower; the cache goes on where it can."""
     options = {"video_pruning_rate": 0.6} if kind == "evs" else {}
     media = MEDIA["mix" if kind == "evs" else kind]
     cache, messages, known = ConversationCache(), [user(*media, "what is it?")], []
     for question in ("and now?", (image(9), audio(9, 0.3), "more") if kind in ("mix", "evs") else "more"):
-        answer, cached = turn(model, cache, messages, thinking, **options)
+        answer, cached = turn(model, cache, messages, thinking, None, **options)
         known.append(cached)
         reply = {"role": "assistant", "content": answer}
         if thinking:
@@ -127,26 +126,26 @@ def test_three_turns_equal_a_fresh_start(model, kind, thinking):
     new = (1, 1) if kind in ("mix", "evs") else (0, 0)
     assert (seen["vision"], seen["audio"]) == new
     assert read["tokens"] == inputs["input_ids"].shape[1] - 1 - ready.cached
-    known.append(turn(model, cache, messages, thinking, **options)[1])
+    known.append(turn(model, cache, messages, thinking, None, **options)[1])
     assert known[0] == 0 < known[1] < known[2]
     assert known[1] > sum(medium.tokens for medium in media_of(encode(model, PROCESSOR, messages[:1], **options), 2))
 
 
 def test_where_a_conversation_goes_on(model):
     """Without reasoning behind the answer; after a thought at the end of the user's turn, as the template drops it."""
+    (letter,) = PROCESSOR.encode("q")  # an answer of it alone is tokenised in the next prompt as it was generated
+    settings = {"suppress_tokens": [i for i in range(512) if i != letter]}
     for thinking in (False, True):
         cache = ConversationCache()
         first = [user("one two three")]
         prompt = encode(model, PROCESSOR, first, thinking)["input_ids"].shape[1]
-        answer, _ = turn(model, cache, first, thinking)
+        answer, _ = turn(model, cache, first, thinking, settings)
+        assert answer == "qqqqq" and len(PROCESSOR.encode(answer)) == 5
         reply = {"role": "assistant", "content": "" if thinking else answer, "reasoning_content": answer * thinking}
         later = [*first, reply, user("four")]
-        _, cached = turn(model, cache, later, thinking)
-        header = PROCESSOR.tokenizer("\n<|im_start|>assistant\n", add_special_tokens=False).input_ids
-        opener = 2  # <think> and its newline, or <think></think>
-        exact = PROCESSOR.encode(answer) == PROCESSOR.encode(answer.strip()) and not thinking
-        assert cached == (prompt + 4 if exact else prompt - len(header) - opener)
-        assert len(cache.prefixes) == 1 and len(cache.prefixes[0].points) >= 3
+        _, cached = turn(model, cache, later, thinking, settings)
+        assert cached == (prompt - HEADER if thinking else prompt + 4)  # the last token of an answer is never fed
+        assert len(cache.prefixes) == 1 and len(cache.prefixes[0].points) == (3 if thinking else 4)
 
 
 def test_edits_invalidate_exactly_what_they_must(model):
@@ -156,7 +155,9 @@ def test_edits_invalidate_exactly_what_they_must(model):
     third = [*second, {"role": "assistant", "content": "a dog"}, user("sure?")]
     for messages in (first, second, third):
         turn(model, cache, messages)
-    end = {n: encode(model, PROCESSOR, m)["input_ids"].shape[1] - 6 for n, m in enumerate((first, second, third), 1)}
+    end = {
+        n: encode(model, PROCESSOR, m)["input_ids"].shape[1] - HEADER for n, m in enumerate((first, second, third), 1)
+    }
     assert turn(model, cache, third)[1] == end[3]  # the same again
     assert turn(model, cache, [*third[:-1], user("really?")])[1] == end[2]  # the last turn
     edited = [*second[:-1], user(audio(2), "and that?"), *third[-2:]]
@@ -186,7 +187,6 @@ def test_pieces_are_equal_and_can_be_interrupted(model):
     whole = ConversationCache().generate(model, inputs, max_new_tokens=6)
     pieces = ConversationCache().generate(model, inputs, prefill_chunk_size=7, max_new_tokens=6)
     assert torch.equal(whole, pieces) and torch.equal(whole, model.generate(**inputs, max_new_tokens=6))
-    import threading
 
     stop = threading.Event()
     stop.set()
@@ -196,7 +196,8 @@ def test_pieces_are_equal_and_can_be_interrupted(model):
     results = [
         list(stream_answer(model, PROCESSOR, inputs, conversation=cache, max_new_tokens=6))[-1][1] for _ in range(2)
     ]
-    assert results[0]["answer"] == results[1]["answer"] == PROCESSOR.decode(whole[0, inputs["input_ids"].shape[1] :])
+    written = PROCESSOR.decode(whole[0, inputs["input_ids"].shape[1] :])
+    assert results[0]["answer"] == results[1]["answer"] == written.strip()
     assert results[0]["cached_tokens"] == 0 < results[1]["cached_tokens"]
 
 
@@ -220,11 +221,11 @@ def test_bytes_are_bounded(model):
     answer, _ = turn(model, none, messages)
     assert turn(model, none, [*messages, {"role": "assistant", "content": answer}, user("and?")])[1] == 0
     assert none.prefixes == [] and not none.features
-    points = ConversationCache(max_bytes=3 * one)
+    points = ConversationCache(max_bytes=5 * one)
     messages = [user(image(1), "what?")]
-    for _ in range(6):
+    for _ in range(5):
         answer, cached = turn(model, points, messages)
-        assert points.bytes <= 3 * one
+        assert points.bytes <= 5 * one
         messages = [*messages, {"role": "assistant", "content": answer.strip()}, user("a")]
     assert cached > 0
 
