@@ -204,15 +204,16 @@ def test_pieces_are_equal_and_can_be_interrupted(model):
 def test_bytes_are_bounded(model):
     """Other conversations go first, then old points, then everything; towers run again only for what was dropped."""
     cache = ConversationCache()
-    for number in range(4):
-        cache.prefill(model, encode(model, PROCESSOR, [user(image(number), "what?")]), scope=str(number))
+    inputs = [encode(model, PROCESSOR, [user(image(number), "what?")]) for number in range(3)]
+    for number in range(3):
+        cache.prefill(model, inputs[number], scope=str(number))
     one, feature = cache.prefixes[0].bytes, cache.features[next(iter(cache.features))][0].nbytes
-    assert len(cache.prefixes) == 4 and cache.bytes == sum(prefix.bytes for prefix in cache.prefixes) == 4 * one
+    assert len(cache.prefixes) == 3 and cache.bytes == sum(prefix.bytes for prefix in cache.prefixes) == 3 * one
     small = ConversationCache(max_bytes=2 * one, max_media_bytes=2 * feature)
-    for number in range(4):
-        small.prefill(model, encode(model, PROCESSOR, [user(image(number), "what?")]), scope=str(number))
-    assert [prefix.scope for prefix in small.prefixes] == ["2", "3"] and len(small.features) == 2
-    for number, towers in ((3, 0), (0, 1)):
+    for number in range(3):
+        small.prefill(model, inputs[number], scope=str(number))
+    assert [prefix.scope for prefix in small.prefixes] == ["1", "2"] and len(small.features) == 2
+    for number, towers in ((2, 0), (0, 1)):
         with tower_items(model) as seen:
             small.prefill(model, encode(model, PROCESSOR, [user("x", image(number))]))
         assert seen["vision"] == towers
@@ -224,7 +225,11 @@ def test_bytes_are_bounded(model):
     points = ConversationCache(max_bytes=5 * one)
     messages = [user(image(1), "what?")]
     for _ in range(5):
-        answer, cached = turn(model, points, messages)
+        inputs = encode(model, PROCESSOR, messages)
+        ready = points.prefill(model, inputs)
+        sequence = model.generate(**generate_inputs([ready], model.device), max_new_tokens=2)
+        points.finish(ready, sequence[0])
+        answer, cached = PROCESSOR.decode(sequence[0, inputs["input_ids"].shape[1] :]), ready.cached
         assert points.bytes <= 5 * one
         messages = [*messages, {"role": "assistant", "content": answer.strip()}, user("a")]
     assert cached > 0
