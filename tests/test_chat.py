@@ -83,16 +83,18 @@ def test_a_stopped_turn_leaves_the_conversation_as_it_was(nano):
 
 
 def test_media_that_were_lowered_stay_so_and_are_said_once(nano, tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)).save(tmp_path / "a.png")
-    chat = Chat(*nano, max_prompt_tokens=80)
-    say(chat, f"/image {tmp_path / 'a.png'}")
+    chat = Chat(*nano, max_prompt_tokens=140)  # the two pictures alone would have 128
+    for seed, name in enumerate(("a.png", "b.png")):
+        pixels = np.random.default_rng(seed).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+        say(chat, f"/image {tmp_path / name}")
     with tower_items(nano[0]) as seen:
-        _, notes = say(chat, "What is it?", max_new_tokens=3)
-        assert notes[0].startswith("lowered to fit 80 tokens: image a.png: 16x16 -> ")
-        _, notes = say(chat, "And?", max_new_tokens=3)
-    assert len(notes) == 1 and "known" in notes[0] and seen["vision"] == 1
-    with pytest.raises(OmniInputError, match=r"may have 80 tokens, but \d+ of text"):
-        say(chat, "word " * 99)
+        _, notes = say(chat, "What is it?", max_new_tokens=1)
+        assert [note[:39] for note in notes[:2]] == [f"lowered to fit 140 tokens: image {n}.png: "[:39] for n in "ab"]
+        _, notes = say(chat, "And?", max_new_tokens=1)
+    assert len(notes) == 1 and "known" in notes[0] and seen["vision"] == 2
+    with pytest.raises(OmniInputError, match=r"may have 140 tokens, but \d+ of text"):
+        say(chat, "word " * 300)
     assert chat.turns == 2
 
 
@@ -121,16 +123,16 @@ def test_ask_and_batch_say_what_they_lowered(nano, monkeypatch, capfd, tmp_path)
 
     monkeypatch.setattr(inference, "load", lambda *options: nano)
     clip, question = str(MEDIA / "motion.mp4"), "What moves where?"
-    assert infer.main(["ask", "--video", clip, "--json", "--max-prompt-tokens", "180", question]) == 0
+    assert infer.main(["ask", "--video", clip, "--json", "--max-prompt-tokens", "60", question]) == 0
     out, err = capfd.readouterr()
     result = json.loads(out)
-    assert sum(result["tokens"].values()) <= 180 and "lowered to fit 180 tokens: video motion.mp4: " in err
+    assert sum(result["tokens"].values()) <= 60 and "lowered to fit 60 tokens: video motion.mp4: " in err
     assert result["degraded"][0].startswith("video motion.mp4: ") and " frames" in result["items"][0]["size"]
     (tmp_path / "in.jsonl").write_text(
         json.dumps({"id": 1, "prompt": question, "video": clip}) + "\n" + json.dumps({"id": 2, "prompt": "word " * 200})
     )
     out = tmp_path / "out.jsonl"
-    assert infer.main(["batch", "--in", str(tmp_path / "in.jsonl"), "--out", str(out), "--max-prompt-tokens", "180"])
+    assert infer.main(["batch", "--in", str(tmp_path / "in.jsonl"), "--out", str(out), "--max-prompt-tokens", "60"])
     rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert rows[1]["degraded"] == result["degraded"] and rows[1]["answer"] == result["answer"]
     assert "of text, which are never cut" in rows[2]["error"]["message"] and "degraded" not in rows[2]
@@ -138,7 +140,8 @@ def test_ask_and_batch_say_what_they_lowered(nano, monkeypatch, capfd, tmp_path)
 
 def test_the_server_goes_on_per_client_and_says_what_it_lowered(nano):
     running = Running(*nano, ServerLimits(max_new_tokens=64), cache_bytes=64 * 1024**2)
-    plain = Running(*nano, ServerLimits(max_new_tokens=64), defaults={"max_prompt_tokens": 180})
+    plain = Running(*nano, ServerLimits(max_new_tokens=64), defaults={"max_prompt_tokens": 60})
+    whole = Running(*nano, ServerLimits(max_new_tokens=64))
     try:
         messages = [{"role": "user", "content": "Copy: banana split"}]
         first = running.ask(messages=messages, user="a")
@@ -147,13 +150,14 @@ def test_the_server_goes_on_per_client_and_says_what_it_lowered(nano):
         second, other = (running.ask(messages=later, user=user) for user in ("a", "b"))
         used = [answer.usage.prompt_tokens_details.cached_tokens for answer in (first, second, other)]
         assert used[0] == used[2] == 0 < used[1]
-        texts = {answer.choices[0].message.content for answer in (second, other, plain.ask(messages=later))}
+        texts = {answer.choices[0].message.content for answer in (second, other, whole.ask(messages=later))}
         assert len(texts) == 1
         url = "data:video/mp4;base64," + base64.b64encode((MEDIA / "motion.mp4").read_bytes()).decode()
         parts = [{"type": "video_url", "video_url": {"url": url}}, {"type": "text", "text": "What moves where?"}]
         answer = plain.ask(messages=[{"role": "user", "content": parts}])
-        assert answer.usage.prompt_tokens <= 180 and answer.degraded[0].startswith("video 1: ")
+        assert answer.usage.prompt_tokens <= 60 and answer.degraded[0].startswith("video 1: ")
         assert not hasattr(first, "degraded")
     finally:
         running.close()
         plain.close()
+        whole.close()
