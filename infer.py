@@ -16,11 +16,11 @@ EXAMPLES = """examples:
   python infer.py batch --in rows.jsonl --out results.jsonl
   python infer.py serve --port 8000
   python infer.py eval --suite nano --samples 100 --out table.json
+  python infer.py eval --data docvqa.jsonl chartqa.jsonl --think --out runs/eval
+  python infer.py eval --suite tables --samples 20 --out runs/tables
   python infer.py compare --models nano runs/nano/rl/omni_rl/final --samples 100 --out compared.json
   python infer.py merge --adapter runs/lora/final --out merged
 """
-
-MEASURED = ("suite", "samples", "seed", "think", "dtype", "without", "reasoning_budget", "reasoning_grace")  # settings
 
 # ------------------------------------------------------------------------------------------------------ arguments
 
@@ -126,6 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
         "model goes on from what it has read.",
     )  # fmt: skip
     chat.set_defaults(run=run_chat)
+    for command in (ask, chat):
+        command.add_argument("--mtp-drafts", type=positive, metavar="K",
+                             help="the checkpoint's draft head drafts K tokens for each pass: same answer")  # fmt: skip
 
     batch = commands.add_parser(
         "batch", parents=[model, media, asking, generation, reasoning], help="JSONL of prompts to JSONL of answers",
@@ -172,9 +175,33 @@ def build_parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=run_serve)
 
     evaluate = commands.add_parser(
-        "eval", parents=[model, reasoning], help="held-out accuracy of the nano skills",
-        description="Held-out accuracy of the nano skills, as a Markdown table on stdout.",
+        "eval", parents=[model, media, generation, reasoning], help="benchmarks, held-out skills, the paper's tables",
+        description="Scores with a 95 % interval, as a Markdown table on stdout: of benchmarks in JSONL files "
+        "(--data), of nano's held-out skills (--suite nano, the default; only --think and the reasoning flags change "
+        "how it answers), or the paper's tables of budgets, tubelets and EVS (--suite tables), on nano or on --data. "
+        "Killed and started again with the same --out, --data and --suite tables go on where they were.",
     )  # fmt: skip
+    group = evaluate.add_argument_group("benchmarks and tables")
+    group.add_argument("--data", nargs="+", metavar="[NAME=]FILE", help="JSONL rows with 'prompt' or 'messages', "
+                       "'answer', 'verifier'; needs --out")  # fmt: skip
+    group.add_argument("--metric", help="verifier of rows that name none")
+    group.add_argument("--errors", choices=("wrong", "leave out"), default="wrong",
+                       help="what rows with errors count as (default: wrong)")  # fmt: skip
+    group.add_argument("--retry-errors", action="store_true", help="try rows again that have an error so far")
+    group.add_argument("--runs", type=positive, default=1, metavar="N", help="answers to every row (default: 1)")
+    group.add_argument("--system", help="system prompt")
+    group.add_argument("--batch-tokens", type=positive, default=32768, metavar="N",
+                       help="prompt and new tokens of a batch, padding included (default: 32768)")  # fmt: skip
+    tables = ("modes", "11", "12", "13")
+    group.add_argument("--tables", nargs="+", metavar="TABLE", choices=tables, default=tables,
+                       help="of --suite tables (default: modes 11 12 13)")  # fmt: skip
+    group.add_argument("--budgets", nargs="+", type=int, metavar="N", help="of Table 11 (default: from 13/16 of "
+                       "--max-new-tokens down to 0)")  # fmt: skip
+    group.add_argument("--table-frames", nargs="+", type=positive, metavar="N", help="frames of Tables 12 and 13 "
+                       "(default: 128 256; nano: 4 8)")  # fmt: skip
+    group.add_argument("--ttft-clip", nargs=2, type=positive, metavar=("FRAMES", "SIDE"), help="clip whose time to "
+                       "first token is measured (default: 512 512; nano: 64 64)")  # fmt: skip
+    group.add_argument("--ttft-runs", type=positive, default=5, metavar="N", help="times it is measured (default: 5)")
     evaluate.set_defaults(run=run_eval)
 
     compare = commands.add_parser(
@@ -186,15 +213,19 @@ def build_parser() -> argparse.ArgumentParser:
                          "one that the others are compared with")  # fmt: skip
     compare.set_defaults(run=run_compare)
     for command in (evaluate, compare):
-        command.add_argument("--suite", choices=("nano",), default="nano", help="which tests (default: nano)")
+        suites = ("nano", "tables") if command is evaluate else ("nano",)
+        command.add_argument("--suite", choices=suites, default="nano", help="which tests (default: nano)")
         command.add_argument("--skills", help="comma-separated (default: all)")
-        command.add_argument("--samples", type=positive, default=100, help="held-out samples per skill (default: 100)")
-        command.add_argument("--seed", type=int, default=10**6, help="seed of the first sample (default: 1000000)")
-        command.add_argument("--think", action=argparse.BooleanOptionalAction,
-                             help="reason before the answer (default: in text_math only)")  # fmt: skip
+        command.add_argument("--samples", type=positive, help="held-out samples per skill (default: 100), rows of a "
+                             "benchmark (default: all; --suite tables: 100)")  # fmt: skip
+        command.add_argument("--seed", type=int, default=10**6,
+                             help="seed of the first sample, or of sampled answers (default: 1000000)")  # fmt: skip
         command.add_argument("--batch-size", type=positive, default=25, help="prompts at a time (default: 25)")
         command.add_argument("--without", choices=("sound", "picture"), help="take it out of the prompts first")
-        command.add_argument("--out", metavar="FILE", help="also write it, with settings and versions, as JSON")
+        command.add_argument("--out", metavar="PATH", help="also write it, with settings and versions: a JSON file; "
+                             "for --data and --suite tables a folder")  # fmt: skip
+    compare.add_argument("--think", action=argparse.BooleanOptionalAction,
+                         help="reason before the answer (default: in text_math only)")  # fmt: skip
 
     merge = commands.add_parser(
         "merge", help="a LoRA adapter into its base: a whole checkpoint",
@@ -252,6 +283,7 @@ def generate(model, processor, inputs: dict, options, show: bool = True, convers
         prefill_chunk_size=options.prefill_chunk_size,
         reasoning_budget=options.reasoning_budget,
         reasoning_grace=options.reasoning_grace,
+        mtp_drafts=options.mtp_drafts,
     )
     with stop_on_ctrl_c(stop), contextlib.closing(stream):
         for section, piece in stream:
@@ -462,96 +494,16 @@ def run_serve(options) -> int:
     return 0
 
 
-def measure_skills(options, outcomes: bool = False) -> tuple[list[dict], str]:
-    """Held-out table of `options.model`, and the device it was made on."""
-    from modeling_omni.evaluation import heldout_table
-    from modeling_omni.nano_data import SKILLS
-
-    skills = [skill.strip() for skill in options.skills.split(",")] if options.skills else list(SKILLS)
-    model, processor = load_model(options)
-    table = heldout_table(
-        model, processor, skills, options.samples, options.batch_size, options.seed, options.think, progress=True,
-        without=options.without, outcomes=outcomes,
-        options={"reasoning_budget": options.reasoning_budget, "reasoning_grace": options.reasoning_grace},
-    )  # fmt: skip
-    return table, str(model.device)
-
-
-def check_writable(path: str | None) -> None:
-    """Before the work, not after it."""
-    from modeling_omni.media import OmniInputError
-
-    if path:
-        try:
-            open(path, "a").close()
-        except OSError as error:
-            raise OmniInputError(f"--out {path}: cannot be written ({error.strerror})") from error
-
-
-def write_result(options, names: tuple[str, ...], started: float, device: str, **result) -> None:
-    """The result as JSON, with the settings under `names` and the versions."""
-    import platform
-    import time
-
-    import torch
-    import transformers
-
-    from modeling_omni import __version__
-
-    about = {name: getattr(options, name) for name in names}
-    about |= {"seconds": round(time.monotonic() - started, 1), "device": device, "decoding": "greedy"}
-    about["versions"] = {
-        "modeling_omni": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    with open(options.out, "w") as file:
-        json.dump(about | result, file, indent=1)
-
-
 def run_eval(options) -> int:
-    import time
+    from modeling_omni.evaluation_commands import run_eval
 
-    from modeling_omni.evaluation import markdown_table
-
-    check_writable(options.out)
-    started = time.monotonic()
-    table, device = measure_skills(options)
-    print(markdown_table(table), flush=True)
-    if options.out:
-        names = ("model", *MEASURED)
-        write_result(options, names, started, device, table=table)
-    return 0
+    return run_eval(options, load_model, note)
 
 
 def run_compare(options) -> int:
-    import time
+    from modeling_omni.evaluation_commands import run_compare
 
-    from modeling_omni.comparison import POWERED, paired_markdown, paired_table
-    from modeling_omni.media import OmniInputError
-
-    check_writable(options.out)
-    if len(options.models) < 2:
-        raise OmniInputError("--models needs two or more, the first is the one that the others are compared with")
-    started, tables, comparisons = time.monotonic(), [], []
-    for name in options.models:  # one in memory at a time
-        options.model = name
-        table, device = measure_skills(options, outcomes=True)
-        tables.append(table)
-    for row in tables[0]:
-        if "skipped" in row:
-            note(f"{row['skill']} is left out: {row['skipped']}")
-    for name, table in zip(options.models[1:], tables[1:]):
-        rows = paired_table(tables[0], table)
-        print(paired_markdown(rows, options.models[0], name), flush=True)
-        comparisons.append({"first": options.models[0], "second": name, "table": rows})
-        if rows and rows[-1]["samples"] < POWERED:
-            note(f"{rows[-1]['samples']} prompts; give {POWERED} or more to tell small changes from chance")
-    if options.out:
-        names = ("models", *MEASURED)
-        write_result(options, names, started, device, comparisons=comparisons)
-    return 0
+    return run_compare(options, load_model, note)
 
 
 def run_merge(options) -> int:

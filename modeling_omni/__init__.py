@@ -17,6 +17,7 @@ from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import OmniImageProcessor
 from .media import MediaLimits, OmniInputError, VideoClip, load_audio, load_image, load_video
 from .modeling_omni import OmniForConditionalGeneration, OmniModel
+from .modeling_text import OmniForCausalLM
 from .processing_omni import OmniProcessor, register_auto_processors
 from .video_processing_omni import OmniVideoProcessor
 
@@ -34,6 +35,7 @@ __all__ = [
     "OmniAudioConfig",
     "OmniConfig",
     "OmniFeatureExtractor",
+    "OmniForCausalLM",
     "OmniForConditionalGeneration",
     "OmniImageProcessor",
     "OmniInputError",

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +234,9 @@ def run_batch(
     video_sound: str = "auto",
     max_prompt_tokens: int | None = None,
     encode_options: dict | None = None,
+    request: Callable[..., tuple[list[dict], list | None]] = request_of,
+    describe: Callable[[dict], dict] | None = None,
+    numbers: list[int] | None = None,
     **settings,
 ) -> dict:
     """Answers every row of `source` that has no line in `out` yet.
@@ -248,6 +251,9 @@ def run_batch(
         max_prompt_tokens: of `prompt_limit`; pictures and videos of longer prompts are lowered, which the row's result
             tells under "degraded".
         encode_options: of `encode` and `apply_chat_template`. settings: of `row_settings`.
+        request: what reads a row, in place of `request_of`, with its arguments and its result.
+        describe: encoded inputs -> what else the row's line says.
+        numbers: the rows to answer, by number; None: all.
 
     Returns:
         {"rows", "done_before", "answered", "errors", "batches", "prompt_tokens", "generated_tokens", "seconds"}.
@@ -275,12 +281,14 @@ def run_batch(
                 raise OmniInputError("not JSON (nested too deeply)") from None
             if isinstance(content, dict) and "meta" in content:
                 item.about["meta"] = content["meta"]
-            messages, tools = request_of(content, folder, system, video_sound)
+            messages, tools = request(content, folder, system, video_sound)
             inputs, _, lowered = encode_fitting(
                 model, processor, messages, prompt_limit(model, limit, max_prompt_tokens), thinking, device="cpu",
                 tools=tools, **(encode_options or {}),
             )  # fmt: skip
             item.about |= {"degraded": lowered} if lowered else {}
+            if describe is not None:
+                item.about |= describe(inputs)
             own = row_settings(model, limit, seed=seed_of(seed, item.key), **settings)[0]
             item.row = Row(inputs, **own)
             item.tokens = token_counts(inputs)
@@ -289,8 +297,9 @@ def run_batch(
         return item
 
     results = Results(out, retry_errors)
-    pending = deque(number for number, key in enumerate(keys) if key not in results.done)
-    summary = {"rows": len(keys), "done_before": len(keys) - len(pending), "answered": 0, "errors": 0, "batches": 0}
+    asked = range(len(keys)) if numbers is None else numbers
+    pending = deque(number for number in asked if keys[number] not in results.done)
+    summary = {"rows": len(asked), "done_before": len(asked) - len(pending), "answered": 0, "errors": 0, "batches": 0}
     summary |= {"prompt_tokens": 0, "generated_tokens": 0}
 
     def finish(items: list[Prepared], bar) -> None:
@@ -312,7 +321,7 @@ def run_batch(
         results.write(records)
         bar.update(len(records))
 
-    bar = tqdm(total=len(keys), initial=summary["done_before"], unit="row", disable=not progress)
+    bar = tqdm(total=len(asked), initial=summary["done_before"], unit="row", disable=not progress)
     pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="prepare")
     ahead: deque[Future] = deque()
     try:

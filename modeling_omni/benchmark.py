@@ -31,6 +31,9 @@ import torch
 
 from .benchmark_phases import DTYPES, PHASES, Case, Options, models, towers
 
+SLOW = 60.0  # seconds of a first round after which there is no second
+
+
 # ---- measuring ----
 
 
@@ -50,7 +53,7 @@ def timed(call: Callable, device: str) -> float:
 def take_turns(case: Case, options: Options) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every call, one call of each in turn until the time is up; and what failed.
 
-    The first round warms up, and counts only where a call alone takes the time.
+    The first round warms up, and counts only where it takes longer than `SLOW`.
     """
     calls = case.calls
     times, failed = {name: [] for name in calls}, {}
@@ -65,8 +68,7 @@ def take_turns(case: Case, options: Options) -> tuple[dict[str, list[float]], di
             except Exception as error:  # a peer that cannot is a result
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         rounds += 1
-        limit = options.seconds * len(calls)
-        if spent > (limit if rounds > 1 else 6 * limit):
+        if spent > (options.seconds * len(calls) if rounds > 1 else SLOW):
             break
     times = {name: seconds[1:] or seconds for name, seconds in times.items() if name not in failed}
     return times, failed
@@ -74,12 +76,13 @@ def take_turns(case: Case, options: Options) -> tuple[dict[str, list[float]], di
 
 def machine_peaks(device: str, dtypes: list[str], quick: bool) -> dict[str, float]:
     """{"bf16": FLOP/s of a square product, ..., "memory": bytes/s of reading}, at the current number of threads."""
-    size = 256 if quick else 8192 if device.startswith("cuda") else 2048
-    peaks = {}
-    for name in dtypes:
+    sizes = [256] if quick else [8192] if device.startswith("cuda") else [1024, 2048]
+    peaks = dict.fromkeys(dtypes, 0.0)
+    for name, size in itertools.product(dtypes, sizes):
         a, b = (torch.randn(size, size, device=device, dtype=DTYPES[name]) for _ in range(2))
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
-        peaks[name] = 2 * size**3 / min(timed(product, device) for _ in range(3 if quick else 6))
+        fastest = min(timed(product, device) for _ in range(3 if quick else 8))
+        peaks[name] = max(peaks[name], 2 * size**3 / fastest)
     values = torch.ones(2**20 if quick else 2**27, device=device)
     peaks["memory"] = 4 * len(values) / min(timed(values.sum, device) for _ in range(4))
     return peaks
@@ -108,11 +111,10 @@ def peak_memory(call: Callable, device: str) -> float:
 
 
 def opponent(peer: str, times: dict[str, list[float]]) -> str | None:
-    """Which of our calls a peer is held against: the one that runs the same way, or our fastest (llama.cpp)."""
+    """Which of our calls a peer is held against: the fastest; another way of our own: the plain one."""
     own = [name for name in times if name.split(",")[0] == "ours"]
-    same = peer.replace("native", "ours")
-    if same != peer or peer in own:
-        return same if same in own and same != peer else "ours" if "ours" in own else None
+    if peer.split(",")[0] == "ours":
+        return "ours" if peer != "ours" and "ours" in own else None
     return min(own, key=lambda name: min(times[name]), default=None)
 
 

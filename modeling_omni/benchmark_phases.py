@@ -93,7 +93,7 @@ def random_ids(model, batch: int, length: int) -> torch.Tensor:
 
 def prefill(options: Options) -> Iterator[Case]:
     plan = [("mid", "bf16", 1024), ("mid", "bf16", 4096), ("mid", "bf16", 16384), ("mid", "fp32", 1024)]
-    plan += [("mid", "fp32", 4096)] + [("nano", "fp32", tokens) for tokens in (1024, 4096, 16384)]
+    plan += [("mid", "fp32", 4096)] + [("nano", "fp32", tokens) for tokens in (1024, 4096)]
     for size, dtype, tokens in [("nano", "fp32", QUICK_TOKENS)] if options.quick else plan:
         if dtype not in options.dtypes:
             continue
@@ -104,12 +104,30 @@ def prefill(options: Options) -> Iterator[Case]:
         case = Case(f"{size}, {tokens:,} tokens", dtype, calls)
         case.flops = prefill_flops(ours.config.llm_config, tokens)["total"]
         case.memory, case.alone = (size, dtype, tokens) == ("mid", "bf16", 4096), (size, tokens) == ("mid", 1024)
-        if tokens <= 4096:
+        if tokens <= 1024:
             numbers = ids[0].tolist()
             add_llama(
                 case, options, native, tokens + 64, lambda server, ids=numbers: peers.llama_seconds(server, ids)[0]
             )
         yield case
+
+
+def reduction(options: Options) -> Iterator[Case]:
+    """Prefill of a long video (random embeddings) and a question: all tokens in all layers, or a share of them
+    in the mean over the layers. Compared with itself."""
+    visual = QUICK_TOKENS if options.quick else 8192
+    size, dtype = ("nano", "fp32") if options.quick else ("mid", "bf16")
+    if dtype not in options.dtypes:
+        return
+    model = models(size, dtype, options.device)[0]
+    types = torch.tensor([0] * 8 + [2] * visual + [0] * 32, device=options.device)[None]
+    width = model.config.llm_config.hidden_size
+    embeds = torch.randn(1, types.shape[1], width, device=options.device, dtype=DTYPES[dtype])
+    given = {"inputs_embeds": embeds, "mm_token_type_ids": types, "max_new_tokens": 1, "do_sample": False}
+    run = partial(model.generate, pad_token_id=0, **given)
+    calls = {"ours": run, "ours, visual_keep 0.5": partial(run, visual_keep=0.5)}
+    calls["ours, visual_keep 0.25"] = partial(run, visual_keep=0.25)
+    yield Case(f"{size}, {visual:,} tokens of video", dtype, calls)
 
 
 def continued(model, text, held: dict, batch: int, context: int, new: int, compiled: bool = False) -> float:
@@ -119,16 +137,6 @@ def continued(model, text, held: dict, batch: int, context: int, new: int, compi
     ids = random_ids(model, batch, int(held["cache"].get_seq_length()) + 1)
     more = {"compile_config": peers.native_compiled_options()["compile_config"]} if compiled else {}
     return peers.seconds_per_token(model, ids, new, past_key_values=held["cache"], **more)
-
-
-def with_batched_experts(native, call: Callable) -> float:
-    """The native class's experts as one batched product, which is what its compiled decoding is fastest with."""
-    before = native.get_experts_implementation()
-    native.set_experts_implementation("batched_mm")
-    try:
-        return call()
-    finally:
-        native.set_experts_implementation(before)
 
 
 def decode(options: Options) -> Iterator[Case]:
@@ -147,7 +155,6 @@ def decode(options: Options) -> Iterator[Case]:
                 "ours": partial(continued, ours, text, {}, batch, context, new),
                 "native": partial(continued, native, native.config, {}, batch, context, new),
                 "ours, compiled": partial(continued, ours, text, {}, batch, context, new, True),
-                "native, compiled": partial(continued, native, native.config, {}, batch, context, new, True),
             }
         else:
             ids = random_ids(ours, batch, context)
@@ -156,11 +163,12 @@ def decode(options: Options) -> Iterator[Case]:
                 "ours": partial(peers.seconds_per_token, ours, ids, new),
                 "native": partial(peers.seconds_per_token, native, ids, new),
                 "ours, compiled": partial(peers.seconds_per_token, ours, ids, new, **static),
-                "native, compiled": partial(peers.seconds_per_token, native, ids, new, **static),
+                "native, compiled": partial(peers.seconds_per_token, native, ids, new, "batched_mm", **static),
             }
-        runs["native, compiled"] = partial(with_batched_experts, native, runs["native, compiled"])
+            if batch > 1:
+                del runs["native, compiled"]
         # compiling takes a while for each shape, dtype and number of threads
-        compiled = size == "mid" and (dtype == "bf16" or (batch == 1 and not long))
+        compiled = size == "mid" and (dtype == "bf16" or batch == 1)
         case.calls = {name: run for name, run in runs.items() if compiled or "compiled" not in name}
         if size == "mid" and batch == 1 and not long:
             case.alone = True
@@ -373,6 +381,7 @@ def load(options: Options) -> Iterator[Case]:
 
 PHASES = {
     "prefill": prefill,
+    "reduction": reduction,
     "train": train,
     "scan": scan,
     "vision": vision,

@@ -17,6 +17,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 RENAMES = [
     (r"^language_model\.lm_head\.", r"lm_head."),
     (r"^language_model\.backbone\.", r"model.language_model."),
+    (r"^language_model\.mtp\.", r"mtp."),
     (r"^vision_model\.radio_model\.input_conditioner\.", r"model.vision_tower.input_conditioner."),
     (r"^vision_model\.radio_model\.model\.patch_generator\.", r"model.vision_tower.patch_generator."),
     (r"^vision_model\.radio_model\.model\.blocks\.", r"model.vision_tower.blocks."),
@@ -27,23 +28,27 @@ RENAMES = [
     (r"^sound_projection\.", r"model.audio_projector."),
 ]
 
+# The language models of the family that are released alone (Nemotron 3 Nano, Super, Ultra); `lm_head.` and `mtp.` are
+# called the same here.
+TEXT_RENAMES = [(r"^backbone\.", r"model.language_model.")]
+
 # Written by transformers' native class for parts that this architecture does not have: LayerScale (ones) and indices
-# of summary tokens. `mtp.` are the draft heads of larger family members.
+# of summary tokens. `mtp.` are draft heads (modeling_mtp.py), left out where the config says 0 of them.
 IGNORED_ON_LOAD = [r"layer_scale[12]\.lambda1$", r"\.ls[12]\.", r"summary_idxs$", r"(^|\.)mtp\."]
 
 
-def register_released_layout(model_type: str) -> None:
-    """Registers the rules for every class of ours; a second call changes nothing."""
-    rules = [WeightRenaming(released, ours) for released, ours in RENAMES]
-    for name in ("up_proj", "down_proj"):
+def register_released_layout(name: str, renames: list[tuple[str, str]] = RENAMES) -> None:
+    """Registers the rules for a model type or a class, by its name; a second call changes nothing."""
+    rules = [WeightRenaming(released, ours) for released, ours in renames]
+    for part in ("up_proj", "down_proj"):
         rules.append(
             WeightConverter(
-                source_patterns=[f"mixer.experts.*.{name}.weight"],
-                target_patterns=f"mixer.experts.{name}",
+                source_patterns=[f"mixer.experts.*.{part}.weight"],
+                target_patterns=f"mixer.experts.{part}",
                 operations=[MergeModulelist(dim=0)],
             )
         )
-    register_checkpoint_conversion_mapping(model_type, rules, overwrite=True)
+    register_checkpoint_conversion_mapping(name, rules, overwrite=True)
 
 
 def released_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

@@ -46,6 +46,10 @@ class OmniTextConfig(PreTrainedConfig):
             and which one is fastest is the machine's business.
         moe_latent_size (`int`, *optional*): experts work in a projection of this size (LatentMoE of Nemotron 3 Super
             and Ultra); `None` for Nano.
+        num_nextn_predict_layers (`int`): heads of multi-token prediction (modeling_mtp.py); Super and Ultra have 1,
+            Nano and Nano Omni none.
+        mtp_hybrid_override_pattern (`str`): the layers of such a head, letters as above without `M`;
+            `mtp_layers_block_type`, a list, is accepted instead.
         mamba_ssm_cache_dtype (`str`): dtype of the recurrent state kept between steps (paper 4.7: float32).
         kernels (`str`): `"auto"`, `"torch"` or `"cuda"`: whether tensors on a GPU go through the kernels of other
             packages (see `ssd.cuda_kernels`). A choice of the machine: it is read when it matters and never saved.
@@ -104,6 +108,9 @@ class OmniTextConfig(PreTrainedConfig):
     n_group: int = 1
     topk_group: int = 1
     router_aux_loss_coef: float = 0.0
+    # multi-token prediction
+    num_nextn_predict_layers: int = 0
+    mtp_hybrid_override_pattern: str = "*E"
     # norms and start
     layer_norm_epsilon: float = 1e-5
     residual_in_fp32: bool = False
@@ -124,6 +131,14 @@ class OmniTextConfig(PreTrainedConfig):
         unknown = sorted(set(self.hybrid_override_pattern) - set(LAYER_TYPES))
         if unknown:
             raise ValueError(f"hybrid_override_pattern has unknown letters {unknown}; known: {sorted(LAYER_TYPES)}")
+        names = kwargs.pop("mtp_layers_block_type", None)
+        if names is not None:
+            self.mtp_hybrid_override_pattern = "".join(_LAYER_LETTERS.get(name, "?") for name in names)
+        if self.num_nextn_predict_layers and not set(self.mtp_hybrid_override_pattern) <= set("*E-"):
+            raise ValueError(
+                f"mtp_hybrid_override_pattern or mtp_layers_block_type: {names or self.mtp_hybrid_override_pattern}; a "
+                "head of multi-token prediction may have the layers *, E and - (attention, moe, mlp)"
+            )
         if self.num_hidden_layers not in (None, len(self.hybrid_override_pattern)):
             raise ValueError(
                 f"num_hidden_layers is {self.num_hidden_layers} but hybrid_override_pattern has "
@@ -135,7 +150,18 @@ class OmniTextConfig(PreTrainedConfig):
     def to_dict(self):
         output = super().to_dict() | {"norm_eps": self.layer_norm_epsilon}  # the released config holds both names
         output.pop("kernels", None)
+        if not self.num_nextn_predict_layers:  # as released: checkpoints without such heads do not name them
+            output.pop("num_nextn_predict_layers", None), output.pop("mtp_hybrid_override_pattern", None)
+        if output.get("architectures") == ["OmniForCausalLM"]:
+            output["architectures"] = ["NemotronHForCausalLM"]  # the released name, for vLLM and NVIDIA's tools
         return output
+
+    # read by the model's parts, which find the language model alone here (modeling_text.py)
+    vision_config = sound_config = None
+
+    @property
+    def llm_config(self) -> "OmniTextConfig":
+        return self
 
     @property
     def layer_types(self) -> list[str]:

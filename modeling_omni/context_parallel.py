@@ -387,6 +387,8 @@ def forward_shard(
     given = [name for name, value in others.items() if value is not None and value is not False and name not in ignored]
     if given:
         raise ValueError(f"not understood with context parallelism: {given}; pass what shard_batch returned")
+    if model.mtp is not None and model.mtp.layers[0].eh_proj.weight.requires_grad:
+        raise ValueError("draft heads (mtp) cannot be trained with context parallelism: leave mtp out of `train`")
     context = replace(context, group=group)
     inner = model.model
     embeds = inner.language_model.embeddings(input_ids)

@@ -37,7 +37,7 @@ from .checkpointing import load_optimizers, write_checkpoint
 from .data import hashed
 from .filtering import grade, group_of
 from .media import OmniInputError
-from .modeling_omni import LOSS_CHUNK
+from .modeling_language import LOSS_CHUNK
 from .reporting import append_line
 from .rl_training import (
     PromptRows,

@@ -35,8 +35,8 @@ from torch import nn
 from .configuration_omni import OmniConfig
 from .media import OmniInputError
 from .modeling_audio import plan_passes
-from .modeling_language import Experts, MoE, relu2
-from .modeling_omni import AUDIO, IMAGE, LOSS_CHUNK, VIDEO, OmniForConditionalGeneration
+from .modeling_language import LOSS_CHUNK, Experts, MoE, relu2
+from .modeling_omni import AUDIO, IMAGE, VIDEO, OmniForConditionalGeneration
 
 # ZeRO-3 finds an expert's processes through attributes that DeepSpeed defines for its own expert layer
 # (`_cut_over_expert_group`); they are private, hence one release. test_distributed.py tells whether another one fits.

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import math
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from .evs import reserve_kept_tokens
 from .inference import generation_options, split_tokens
 from .media import OmniInputError
+from .metrics import wilson_interval
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +65,6 @@ def answer_batch(
     rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
     pieces = [split_tokens(processor, row, thinking) for row in rows]
     return ["".join(text for section, text in row if section == "answer") for row in pieces]
-
-
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default; sensible at 0 and 1 and for small samples too."""
-    share, spread = right / total, z**2 / total
-    middle = share + spread / 2
-    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def taken_away(content: str | list[dict], part: str) -> str | list[dict]:

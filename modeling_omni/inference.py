@@ -278,6 +278,7 @@ def generation_options(
     prompt_ids: torch.Tensor | None = None,
     reasoning_budget: int | None = None,
     reasoning_grace: int | None = None,
+    mtp_drafts: int | None = None,
 ) -> dict:
     """Keyword arguments of `generate`; what is None comes from the checkpoint's generation_config.json.
 
@@ -296,6 +297,8 @@ def generation_options(
         options["top_p"] = top_p
     if prefill_chunk_size is not None:
         options["prefill_chunk_size"] = prefill_chunk_size
+    if mtp_drafts is not None:
+        options["mtp_drafts"] = mtp_drafts
     if prompt_ids is not None:
         limits = reasoning_limits(model, options["max_new_tokens"], reasoning_budget, reasoning_grace)
         if limits[0] is not None:

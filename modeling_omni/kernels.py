@@ -18,6 +18,9 @@ from .ssd import cuda_kernels
 
 # Tokens up to which compiled code multiplies every token with its own gathered experts, never forming the gather.
 GATHER_TOKENS = 16
+# On a CPU a bfloat16 product of a new shape is compiled first, which takes longer than many a product: experts' rows
+# come in multiples of this.
+EVEN_ROWS = 16
 # Elements of a block of rows where norms run block by block.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 # Queries of a block of causal attention on a CPU, and the most scores that exist at a time.
@@ -145,7 +148,8 @@ def routed_experts(
         return experts_gathered(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
     if needs_grad(hidden_TD, weights_TK, up_EID, down_EDI):
         return _RoutedExperts.apply(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
-    tokens, places, spans = sort_by_expert(experts_TK, len(up_EID))
+    even = hidden_TD.device.type == "cpu" and hidden_TD.dtype == torch.bfloat16
+    tokens, places, spans = sort_by_expert(experts_TK, len(up_EID), EVEN_ROWS if even else 1)
     rows = _run_experts(hidden_TD.index_select(0, tokens), spans, up_EID, down_EDI)
     return F.embedding_bag(places, rows, per_sample_weights=weights_TK, mode="sum")
 
@@ -169,8 +173,11 @@ def experts_grouped(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI):
     return (outputs[places].view(*experts_TK.shape, -1) * weights_TK[..., None]).sum(1)
 
 
-def sort_by_expert(experts_TK: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """-> token of every sorted row [T K]; row of every choice [T, K]; (expert, start, stop) of every chosen expert."""
+def sort_by_expert(experts_TK: torch.Tensor, number: int, even: int = 1) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """-> token of every sorted row [rows]; row of every choice [T, K]; (expert, start, stop) of every chosen expert.
+
+    even: experts of more than 4 `even` rows get a multiple of it, filled up with rows of token 0 that nothing reads.
+    """
     tokens, per_token = experts_TK.shape
     if tokens == 1:
         chosen = experts_TK[0].tolist()
@@ -178,13 +185,19 @@ def sort_by_expert(experts_TK: torch.Tensor, number: int) -> tuple[torch.Tensor,
         return experts_TK.new_zeros(per_token), torch.arange(per_token, device=experts_TK.device)[None], spans
     flat = experts_TK.flatten()
     order = flat.argsort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    counts = flat.bincount(minlength=number)
+    sizes = torch.where(counts > 4 * even, (counts + even - 1) // even * even, counts)
+    stops = sizes.cumsum(0)
+    # a sorted row moves down by what the experts before its own were filled up with
+    rows = torch.arange(len(order), device=order.device)
+    rows += (stops - sizes - counts.cumsum(0) + counts).repeat_interleave(counts)
+    places = torch.empty_like(order).scatter_(0, order, rows)
     spans, start = [], 0
-    for expert, count in enumerate(flat.bincount(minlength=number).tolist()):
-        if count:
-            spans.append((expert, start, start + count))
-            start += count
-    return order // per_token, places.view(tokens, per_token), spans
+    for expert, size in enumerate(sizes.tolist()):
+        if size:
+            spans.append((expert, start, start + size))
+            start += size
+    return order.new_zeros(start).scatter_(0, rows, order // per_token), places.view(tokens, per_token), spans
 
 
 def _buffer(rows: torch.Tensor, spans: list, width: int) -> torch.Tensor:
@@ -280,8 +293,10 @@ def causal_attention(
     if length == 1 and shared and not dropout and not needs_grad(query, key, value):
         return _attend_one(query, key, value, mask)
     if mask is None and query.device.type == "cpu" and not dropout and not needs_grad(query, key, value):
-        if query.dtype == torch.bfloat16 or length < keys:
+        if query.dtype == torch.bfloat16:
             return _attend_blocks(query, key, value)
+        if 1 < length < keys:
+            return _attend_behind(query, key, value)
     if mask is None and 1 < length < keys:
         mask = causal_lower_right(length, keys)
     output = F.scaled_dot_product_attention(
@@ -302,37 +317,42 @@ def _attend_one(query, key, value, mask):
     return (weights @ value).view(query.shape[0], 1, query.shape[1], -1)
 
 
-def _attend_blocks(query, key, value):
-    """Blocks of queries against the keys up to them, on a CPU, without a mask of all keys.
+def _attend_behind(query, key, value):
+    """Queries behind a cache, on a CPU, in two calls of the fused kernel and without a mask: all earlier keys, for
+    which a KV head's query heads are the rows of one, and the queries' own triangle; joined by the weights' sums."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # -> output, log of the sum of exp(scores)
+    past = key.shape[2] - query.shape[2]
+    folded = query.reshape(*key.shape[:2], -1, key.shape[3])
+    earlier, earlier_sum = attend(folded, key[:, :, :past], value[:, :, :past])
+    groups = query.shape[1] // key.shape[1]
+    own_keys, own_values = (t[:, :, past:].repeat_interleave(groups, 1) for t in (key, value))
+    own, own_sum = attend(query, own_keys, own_values, is_causal=True)
+    share = torch.sigmoid(own_sum - earlier_sum.reshape(own_sum.shape))[..., None].to(own.dtype)
+    return torch.lerp(earlier.view(query.shape), own, share).transpose(1, 2)
 
-    In bfloat16 as plain products, a KV head's query heads folded into rows: faster than the fused kernel, which gains
-    nothing from bfloat16. In float32 the fused kernel is the faster one.
+
+def _attend_blocks(query, key, value):
+    """Blocks of bfloat16 queries against the keys up to them, on a CPU, without a mask of all keys.
+
+    Plain products, a KV head's query heads folded into rows: faster than the fused kernel, which gains nothing from
+    bfloat16.
     """
     batch, heads, length, size = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     folded = heads // kv_heads
-    plain = query.dtype == torch.bfloat16
     output = query.new_empty(batch, length, heads, size)
     start = 0
     while start < length:
-        tokens = BLOCK_ROWS
-        if plain:
-            end = keys - length + min(start + BLOCK_ROWS, length)
-            tokens = max(1, min(BLOCK_ROWS, BLOCK_SCORES // (batch * kv_heads * folded * end)))
-        stop = min(start + tokens, length)
+        end = keys - length + min(start + BLOCK_ROWS, length)
+        stop = min(start + max(1, min(BLOCK_ROWS, BLOCK_SCORES // (batch * kv_heads * folded * end))), length)
         past, end = keys - length + start, keys - length + stop
         # a block sees all keys in front of it, and the triangle of its own
         future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu_(1)
-        block = query[:, :, start:stop]
-        if plain:
-            rows = (block * size**-0.5).reshape(batch, kv_heads, folded * (stop - start), size)
-            scores = rows @ key[:, :, :end].transpose(2, 3)
-            scores.unflatten(2, (folded, -1))[..., past:].masked_fill_(future, -torch.inf)
-            # float32 inside: softmax rounds only its result
-            part = (scores.softmax(-1) @ value[:, :, :end]).view(batch, heads, stop - start, size)
-        else:
-            mask = F.pad(~future, (past, 0), value=True)
-            part = F.scaled_dot_product_attention(block, key[:, :, :end], value[:, :, :end], mask, enable_gqa=True)
+        rows = (query[:, :, start:stop] * size**-0.5).reshape(batch, kv_heads, folded * (stop - start), size)
+        scores = rows @ key[:, :, :end].transpose(2, 3)
+        scores.unflatten(2, (folded, -1))[..., past:].masked_fill_(future, -torch.inf)
+        # float32 inside: softmax rounds only its result
+        part = (scores.softmax(-1) @ value[:, :, :end]).view(batch, heads, stop - start, size)
         output[:, start:stop] = part.transpose(1, 2)
         start = stop
     return output

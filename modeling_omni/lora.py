@@ -75,6 +75,7 @@ PARTS = {
     "audio_projector": "model.audio_projector.",
     "head": "lm_head.",
     "language": "model.language_model.",
+    "mtp": "mtp.",
 }
 MEDIA_OF_PART = {
     "vision": ("pixel_values", "pixel_values_videos"),
@@ -241,7 +242,8 @@ def lora_table(model) -> str:
 
     Whole sizes under ZeRO-3; with expert parallelism, of the routed experts those of this process.
     """
-    sizes = {part: [0, 0, 0] for part in PARTS}  # adapters, all trained, frozen
+    present = {part_of(name) for name, _ in model.named_parameters()}
+    sizes = {part: [0, 0, 0] for part in PARTS if part in present}  # adapters, all trained, frozen
     for name, parameter in model.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor on each rank
         counts = sizes[part_of(name)]

@@ -23,7 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_omni import OmniTextConfig
 from .kernels import causal_attention, gated_group_rms_norm, relu2, rms_norm, routed_experts
-from .ssd import causal_conv1d, causal_conv1d_step, ssd_scan, ssd_step
+from .ssd import causal_conv1d, causal_conv1d_step, ssd_advance, ssd_scan, ssd_step
+
+LOSS_CHUNK = 1024  # trained tokens whose logits exist at a time
 
 
 class OmniRMSNorm(nn.Module):
@@ -80,7 +82,11 @@ class Mamba2Mixer(nn.Module):
         seq_idx: torch.Tensor | None = None,
         context=None,
     ) -> torch.Tensor:
-        """padding_mask: [B, S] bool, False on padding, which then leaves convolution and state untouched."""
+        """padding_mask: [B, S] bool, False on padding, which then leaves convolution and state untouched.
+
+        With a dict at `cache.draft_window` (speculative.py) several tokens behind a state leave it as it is, and what
+        `advance` needs to take the first of them into it is put there.
+        """
         length = hidden_BSD.shape[1]
         inner, bc_size = self.num_heads * self.head_dim, self.n_groups * self.state_size
         if padding_mask is not None:
@@ -89,10 +95,12 @@ class Mamba2Mixer(nn.Module):
 
         state = cache.get_recurrent_state(self.layer_idx) if cache is not None else None
         one_step = state is not None and length == 1
+        window = None if one_step else getattr(cache, "draft_window", None)
+        own = xbc
         if one_step:
             xbc = self._convolve_step(xbc, cache)
         else:
-            xbc = self._convolve(xbc, cache, seq_idx, context)
+            xbc = self._convolve(xbc, cache, seq_idx, context, window is None)
         if padding_mask is not None:  # the convolution's bias made padding non-zero again
             xbc = xbc * padding_mask[..., None]
         x, B, C = xbc.split([inner, bc_size, bc_size], -1)
@@ -107,20 +115,30 @@ class Mamba2Mixer(nn.Module):
         else:
             state = None if state is None else state.float()
             y, state = ssd_scan(x, dt, A, B, C, state, seq_idx, self.D, kernels=kernels)
-            if cache is not None:
+            if window is not None:
+                window[self.layer_idx] = (own, x, dt, A, B)
+            elif cache is not None:
                 cache.update_recurrent_state(state.to(self.state_dtype), self.layer_idx)
             if context is not None:
                 y = context.add_incoming_state(y, state, dt * A, C)
         return self.out_proj(self.norm(y.flatten(-2), gate))
 
-    def _convolve(self, xbc_BSC, cache, seq_idx, context):
+    def advance(self, cache: Cache, inputs: tuple[torch.Tensor, ...], tokens: int) -> None:
+        """Takes the first `tokens` of a draft window (see `forward`) into the cache's convolution and state."""
+        xbc, x, dt, A, B = inputs
+        kernel = self.conv1d.kernel_size[0]
+        cache.update_conv_state(xbc[:, :tokens].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
+        ssd_advance(x[:, :tokens], dt[:, :tokens], A, B[:, :tokens], cache.get_recurrent_state(self.layer_idx))
+
+    def _convolve(self, xbc_BSC, cache, seq_idx, context, keep):
         length, kernel = xbc_BSC.shape[1], self.conv1d.kernel_size[0]
         own = xbc_BSC
         if cache is not None:
             previous = cache.get_conv_state(self.layer_idx)
             if previous is not None:
                 xbc_BSC = torch.cat([previous[..., 1:].transpose(1, 2), own], 1)
-            cache.update_conv_state(own[:, -kernel:].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
+            if keep:
+                cache.update_conv_state(own[:, -kernel:].transpose(1, 2), self.layer_idx, conv_kernel_size=kernel)
         if context is not None:  # rows are slices of longer rows, which stand on several ranks
             xbc_BSC, seq_idx = context.prepend_history(own, kernel - 1)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -279,11 +297,11 @@ class OmniAttention(nn.Module):
 
 
 class OmniBlock(GradientCheckpointingLayer):
-    """One layer: `x + mixer(RMSNorm(x))`."""
+    """One layer: `x + mixer(RMSNorm(x))`; of the kind that the pattern has at its place, if not given."""
 
-    def __init__(self, config: OmniTextConfig, layer_idx: int):
+    def __init__(self, config: OmniTextConfig, layer_idx: int, kind: str | None = None):
         super().__init__()
-        self.kind = config.hybrid_override_pattern[layer_idx]
+        self.kind = kind or config.hybrid_override_pattern[layer_idx]
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = OmniRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         if self.kind == "M":
@@ -443,6 +461,39 @@ class OmniLanguageModel(nn.Module):
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*all_hidden, hidden) if output_hidden_states else None,
         )
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+    chunk: int = LOSS_CHUNK,
+    min_chunks: int = 0,
+) -> torch.Tensor:
+    """Next-token loss without ever holding all logits: the head runs over `chunk` trained tokens at a time.
+
+    Args:
+        hidden: [B, S, D]. labels: [B, S], -100 where nothing is learnt; token t is predicted from position t - 1.
+        num_items: divide the summed loss by this (gradient accumulation); the number of trained tokens if None.
+        min_chunks: call the head at least this often. Processes that share a sharded head must agree on it.
+    """
+    labels = labels[:, 1:].to(hidden.device)
+    trained = labels != -100
+    states, targets = hidden[:, :-1][trained], labels[trained]
+
+    def loss_of(states, targets):
+        return F.cross_entropy(head(states).float(), targets, reduction="sum")
+
+    total = hidden.sum() * 0.0  # keeps the graph whole when a batch has no trained token
+    parts = list(zip(states.split(chunk), targets.split(chunk)))
+    parts += [(states[:0], targets[:0])] * (min_chunks - len(parts))
+    for part, target in parts:
+        if torch.is_grad_enabled() and len(parts) > 1:
+            total = total + torch.utils.checkpoint.checkpoint(loss_of, part, target, use_reentrant=False)
+        else:
+            total = total + loss_of(part, target)
+    return total / (trained.sum().clamp(min=1) if num_items is None else num_items)
 
 
 @torch.no_grad()

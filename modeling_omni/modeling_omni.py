@@ -8,6 +8,8 @@ the places are checked against the features item by item: a count that does not 
 Shape legend: B batch, S tokens, D hidden size, N media tokens, T tubelets, h, w patches per side.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,11 +25,19 @@ from .configuration_omni import TYPE_VIDEO as VIDEO
 from .evs import check_places, evs_keep_indices, order_of_kept_tokens, reserve_kept_tokens
 from .media import OmniInputError
 from .modeling_audio import OmniAudioModel, init_audio_weights
-from .modeling_language import OmniLanguageModel, OmniRMSNorm, decode_masks, init_language_weights, relu2
+from .modeling_language import (
+    OmniLanguageModel,
+    OmniRMSNorm,
+    chunked_cross_entropy,
+    decode_masks,
+    init_language_weights,
+    relu2,
+)
+from .modeling_mtp import OmniMTP, mtp_loss
 from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
+from .speculative import draft_and_verify
 from .token_reduction import ReducedCache, reduced_forward, reduction_cache
 
-LOSS_CHUNK = 1024  # trained tokens whose logits exist at a time
 MODALITY_NAMES = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
 
 MEDIA_INPUTS = (
@@ -65,13 +75,15 @@ class OmniPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["OmniBlock", "PatchGenerator", "VisionBlock", "ConformerBlock"]
+    _no_split_modules = ["OmniBlock", "MTPLayer", "PatchGenerator", "VisionBlock", "ConformerBlock"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_attention_backend = True
-    _is_stateful = True  # Mamba's state cannot be rolled back: assisted decoding is refused with transformers' error
+    _is_stateful = (
+        True  # Mamba's state cannot be cropped: transformers refuses its assisted decoding (see speculative.py)
+    )
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "norm_mean", "norm_std"]
     _keys_to_ignore_on_load_unexpected = IGNORED_ON_LOAD
     # the native class does not save these; `_init_weights` gives them their one right value
@@ -81,7 +93,7 @@ class OmniPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         # the parts are plain modules that read their own config; transformers only fills in the outer one
         for part in (config.llm_config, config.vision_config, config.sound_config):
-            if part._attn_implementation is None:
+            if part is not None and part._attn_implementation is None:
                 part._attn_implementation = config._attn_implementation
 
     @classmethod
@@ -375,49 +387,23 @@ class OmniModel(OmniPreTrainedModel):
         return output
 
 
-def chunked_cross_entropy(
-    hidden: torch.Tensor,
-    head: nn.Module,
-    labels: torch.Tensor,
-    num_items: torch.Tensor | int | None = None,
-    chunk: int = LOSS_CHUNK,
-    min_chunks: int = 0,
-) -> torch.Tensor:
-    """Next-token loss without ever holding all logits: the head runs over `chunk` trained tokens at a time.
-
-    Args:
-        hidden: [B, S, D]. labels: [B, S], -100 where nothing is learnt; token t is predicted from position t - 1.
-        num_items: divide the summed loss by this (gradient accumulation); the number of trained tokens if None.
-        min_chunks: call the head at least this often. Processes that share a sharded head must agree on it.
-    """
-    labels = labels[:, 1:].to(hidden.device)
-    trained = labels != -100
-    states, targets = hidden[:, :-1][trained], labels[trained]
-
-    def loss_of(states, targets):
-        return F.cross_entropy(head(states).float(), targets, reduction="sum")
-
-    total = hidden.sum() * 0.0  # keeps the graph whole when a batch has no trained token
-    parts = list(zip(states.split(chunk), targets.split(chunk)))
-    parts += [(states[:0], targets[:0])] * (min_chunks - len(parts))
-    for part, target in parts:
-        if torch.is_grad_enabled() and len(parts) > 1:
-            total = total + torch.utils.checkpoint.checkpoint(loss_of, part, target, use_reentrant=False)
-        else:
-            total = total + loss_of(part, target)
-    return total / (trained.sum().clamp(min=1) if num_items is None else num_items)
-
-
 class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
-    """The whole model with its head; loads and saves the released checkpoint layout."""
+    """The whole model with its head; loads and saves the released checkpoint layout.
 
+    Where the config has `num_nextn_predict_layers`, with heads of multi-token prediction: `mtp`, else None.
+    """
+
+    model_class = OmniModel
     min_loss_chunks = 0  # see `chunked_cross_entropy`
+    mtp_loss_weight = 0.1  # of the draft heads' loss beside the trunk's
+    mtp_depth = 1  # drafts in a row that are learnt, if there are not more heads
     _decode_is_compiled = False  # in the `generate` that runs
 
     def __init__(self, config: OmniConfig):
         super().__init__(config)
-        self.model = OmniModel(config)
+        self.model = self.model_class(config)
         self.lm_head = nn.Linear(config.llm_config.hidden_size, config.llm_config.vocab_size, bias=False)
+        self.mtp = OmniMTP(config.llm_config) if config.llm_config.num_nextn_predict_layers else None
         self.post_init()
 
     def get_output_embeddings(self):
@@ -478,6 +464,8 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, S], -100 where nothing is learnt. The loss is computed in chunks, see `chunked_cross_entropy`.
+                While draft heads are trained, `mtp_loss_weight` times their loss is added (see `mtp_loss`); where the
+                trunk is frozen, theirs is the loss.
             logits_to_keep: logits of the last n positions only (0: all; a tensor: those positions).
             skip_logits: with labels, return the loss alone and never form the logits of all positions.
             Everything else as in `OmniModel.forward`.
@@ -485,6 +473,15 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         Returns:
             loss (with labels), logits [B, kept, vocab] float32, past_key_values.
         """
+        drafting = labels is not None and self.mtp is not None and torch.is_grad_enabled()
+        drafting = drafting and self.mtp.layers[0].eh_proj.weight.requires_grad
+        if drafting and inputs_embeds is None:  # the heads read the trunk's inputs, media in place
+            inputs_embeds, mm_token_type_ids = self.model.embed_multimodal(
+                input_ids, mm_token_type_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw,
+                video_keep_tokens, input_features, input_features_mask, audio_clip_counts, image_features,
+                video_features, audio_features, return_types=True,
+            )  # fmt: skip
+            input_ids = None
         output = self.model(
             input_ids,
             attention_mask,
@@ -512,10 +509,14 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         )
         hidden = output.last_hidden_state
         loss = None
-        if labels is not None:
+        if labels is not None and (hidden.requires_grad or not drafting):
             loss = chunked_cross_entropy(
                 hidden, self.lm_head, labels, num_items_in_batch, min_chunks=self.min_loss_chunks
             )
+        if drafting:
+            parts = (self.mtp, self.lm_head, hidden, inputs_embeds, labels, attention_mask, seq_idx, num_items_in_batch)
+            drafts_loss = mtp_loss(*parts, max(self.mtp_depth, self.mtp.depths), self.min_loss_chunks)
+            loss = drafts_loss if loss is None else loss + self.mtp_loss_weight * drafts_loss
         logits = None
         if not (skip_logits and labels is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -540,6 +541,9 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         `compile_decode=True` does so and runs every token but the first through `torch.compile`: several times as fast,
         after the minutes that compiling takes at the first call (and once more for a second length of the cache;
         `max_cache_len` keeps it the same). Give a `compile_config` instead to choose the compiler's options.
+
+        `mtp_drafts=k` lets a model with a draft head write up to k + 1 tokens in a pass of the trunk, without changing
+        what is written (speculative.py); `mtp_counts`, a Counter, is told how many drafts were accepted.
         """
         keep, scoring = kwargs.pop("visual_keep", None), kwargs.pop("visual_scoring", "query")
         if kwargs.pop("compile_decode", False):
@@ -560,6 +564,13 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         if keep not in (None, 1) and media.get("mm_token_type_ids") is not None:
             kwargs["past_key_values"] = reduction_cache(self, keep, scoring, kwargs)
             kwargs["mm_token_type_ids"] = media["mm_token_type_ids"]
+        drafts = {"mtp_drafts": kwargs.pop("mtp_drafts", None), "mtp_counts": kwargs.pop("mtp_counts", None)}
+        if drafts["mtp_drafts"]:
+            if kwargs.get("stop_strings"):  # transformers gives a decoding loop of one's own no tokenizer
+                raise OmniInputError(
+                    "mtp_drafts takes no stop_strings; give stopping_criteria=[StopStringCriteria(...)]"
+                )
+            kwargs["custom_generate"] = partial(draft_and_verify, streamer=kwargs.get("streamer"), **drafts)
         return super().generate(inputs, **kwargs)
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config):

@@ -30,7 +30,8 @@ import yaml
 
 from . import ssd
 from .configuration_omni import OmniConfig, resolve_checkpoint
-from .modeling_omni import LOSS_CHUNK, OmniForConditionalGeneration
+from .modeling_language import LOSS_CHUNK
+from .modeling_omni import OmniForConditionalGeneration
 from .packing import LONG_ROW
 
 GIB = 2**30
@@ -55,7 +56,9 @@ def stage_config(args) -> tuple[OmniConfig, str]:
         return OmniConfig(**yaml.safe_load(Path(args.model_config).read_text())), args.model_config
     folder = Path(resolve_checkpoint(args.model))
     if (folder / "config.json").is_file():
-        return OmniConfig.from_pretrained(folder), str(args.model)
+        config = OmniConfig.from_pretrained(folder)
+        config.llm_config.num_nextn_predict_layers = config.llm_config.num_nextn_predict_layers or args.mtp_layers
+        return config, str(args.model)
     return OmniConfig(), f"the released 30B-A3B ({args.model} is not here)"
 
 

@@ -84,20 +84,20 @@ class VisionBatches(Dataset):
         for seed in list(seeds)[num_videos:]:
             picture, label = dense_image_sample(seed, self.split)
             h, w = label.shape[1] // CELLS, label.shape[2] // CELLS
-            pixels.append(self.images.patches(np.asarray(picture), h, w))
+            pixels.append((np.asarray(picture), h, w))
             grids.append((1, h, w))
             labels.append(labels_per_patch(label[:, None]))
         if pixels:
-            batch |= {"pixels": torch.cat(pixels), "grids": torch.tensor(grids), "labels": torch.cat(labels)}
+            batch |= {"pixels": self.images.patches(pixels), "grids": torch.tensor(grids), "labels": torch.cat(labels)}
         pixels, grids, labels = [], [], []
         for seed in list(seeds)[:num_videos]:
             frames, label = dense_video_sample(seed, self.split)
             t, h, w = label.shape[1], label.shape[2] // CELLS, label.shape[3] // CELLS
-            pixels.append(self.videos.patches(frames, h, w))
+            pixels.append((frames, h, w))
             grids.append((t, h, w))
             labels.append(labels_per_patch(label))
         if pixels:
-            batch |= {"video_pixels": torch.cat(pixels), "video_grids": torch.tensor(grids)}
+            batch |= {"video_pixels": self.videos.patches(pixels), "video_grids": torch.tensor(grids)}
             batch["video_labels"] = torch.cat(labels)
         return batch
 

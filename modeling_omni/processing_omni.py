@@ -445,11 +445,10 @@ class OmniProcessor(ProcessorMixin):
         videos = [(clip.frames, *grid) for m in media for clip, grid in zip(m.videos, m.video_grids, strict=True)]
         waveforms = [waveform for sample in samples for waveform in sample.waveforms]
         if images:
-            inputs["pixel_values"] = torch.cat([self.image_processor.patches(*image) for image in images])
+            inputs["pixel_values"] = self.image_processor.patches(images)
             inputs["image_grid_thw"] = torch.tensor([(1, h, w) for _, h, w in images])
         if videos:
-            patches = [self.video_processor.patches(frames, h, w) for frames, _, h, w in videos]
-            inputs["pixel_values_videos"] = torch.cat(patches)
+            inputs["pixel_values_videos"] = self.video_processor.patches([(f, h, w) for f, _, h, w in videos])
             inputs["video_grid_thw"] = torch.tensor([grid for _, *grid in videos])
             if rate > 0:
                 merge = self.video_processor.merge_size**2

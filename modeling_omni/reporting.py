@@ -23,6 +23,7 @@ def parameter_table(model, groups: dict[str, str], group_of) -> str:
     counts = {group: [0, 0] for group in groups}
     for name, parameter in model.named_parameters():
         counts[group_of(name)][not parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+    counts = {group: pair for group, pair in counts.items() if any(pair) or group != "mtp"}  # most have no such head
     counts["all"] = [sum(column) for column in zip(*counts.values())]
     lines = [f"{'group':18}{'trained':>16}{'frozen':>16}"]
     return "\n".join(lines + [f"{group:18}{trained:16,}{frozen:16,}" for group, (trained, frozen) in counts.items()])
@@ -285,6 +286,31 @@ def plot_stages(runs: list[str | Path], path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_lines(
+    path, title: str, names: list[str], lines: dict[str, list], label: str, right: list | None = None, right_label=""
+) -> None:
+    """Values over named places: a thin line per key of `lines` ("mean" is thick), `right` as bars on a second axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 1.1 * len(names) + 3), 4.2), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(names))
+    if right is not None:
+        bars = axes.twinx()
+        bars.bar(places, right, width=0.5, color="0.88")
+        bars.set(ylabel=right_label, ylim=(0, 1.4 * max(right)))
+        axes.set_zorder(bars.get_zorder() + 1)
+        axes.patch.set_visible(False)
+    for name, values in lines.items():
+        values = [float("nan") if value is None else value for value in values]
+        style = {"color": "k", "linewidth": 2.5} if name == "mean" else {"linewidth": 1}
+        axes.plot(places, values, marker="o", markersize=3, label=name, **style)
+    axes.set_xticks(places, names, rotation=20 if max(map(len, names)) > 8 else 0)
+    axes.set(title=title, ylabel=label, ylim=(0, 101))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.12 if right is not None else 1.0, 0.5))
+    figure.savefig(path, dpi=110)
+
+
 def write_model_card(folder: Path, args, table: dict[str, float], how: str | None = None) -> None:
     """`final/README.md`: from what, on what and how (command and size of a step) the model was trained, its scores."""
     how = how or f"`train.py sft`: {args.steps} steps of {args.global_batch_size} rows of {args.row_tokens} tokens"
@@ -322,6 +348,7 @@ __all__ = [
     "RouterLoad",
     "evaluate",
     "parameter_table",
+    "plot_lines",
     "report_command",
     "report_stages",
     "write_model_card",

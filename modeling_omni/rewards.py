@@ -8,6 +8,8 @@ mistakes do not. Tool calls are binary as in Nemotron-Research-Tool-N1; abstenti
 A prediction is what a policy wrote and may be anything: every verifier takes time linear in its length (or bounded),
 never raises because of it, needs no clock, signal or process, and may run in any thread. A gold answer is data:
 `check_gold` says what is wrong with it when the data is read; scored nevertheless, it gives 0.
+
+The metrics of evaluation alone are in `metrics.py`; their names are verifiers too.
 """
 
 import json
@@ -16,7 +18,10 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from .media_source import OmniInputError
-from .rewards_grammar import plain_form, unwrap, visible
+from .metrics import BEST_OF, METRICS, STRUCTURED, box_of
+from .metrics_instructions import check_instructions
+from .rewards_answers import chosen_letters, first_point, options_of, plain_number, point_of
+from .rewards_grammar import plain_form
 from .rewards_math import math_equal
 from .rewards_speech import asr_wer
 
@@ -30,11 +35,6 @@ END_MARKS = ("<|im_end|>", "<|endoftext|>", "<|end|>", "<|eot_id|>", "</s>", "<u
 
 # ---------------------------------------------------------------------------------------------------- string match
 
-NUMBER = re.compile(
-    r"(?P<sign>[+-]?)(?P<currency>[$€£¥]?)(?P<late>[+-]?)"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.(?P<decimals>[0-9]*))?"
-    r"(?:e(?P<power>[+-]?[0-9]{1,3}))? ?(?P<percent>%?)"
-)
 STATES = """
 AL Alabama|AK Alaska|AZ Arizona|AR Arkansas|CA California|CO Colorado|CT Connecticut|DE Delaware|FL Florida|GA Georgia|
 HI Hawaii|ID Idaho|IL Illinois|IN Indiana|IA Iowa|KS Kansas|KY Kentucky|LA Louisiana|ME Maine|MD Maryland|
@@ -44,17 +44,6 @@ RI Rhode Island|SC South Carolina|SD South Dakota|TN Tennessee|TX Texas|UT Utah|
 WV West Virginia|WI Wisconsin|WY Wyoming|DC District of Columbia
 """
 STATE_NAMES = dict(row.split(" ", 1) for row in STATES.casefold().replace("\n", "").split("|"))
-
-
-def plain_number(text: str) -> tuple[Fraction, str] | None:
-    """A plain form -> (exact value, currency or percent sign); None where it is not one number."""
-    match = NUMBER.fullmatch(text) if len(text) <= 200 else None
-    if match is None or not (match["whole"] or match["decimals"]) or (match["sign"] and match["late"]):
-        return None
-    digits = (match["whole"] or "0").replace(",", "") + "." + (match["decimals"] or "0")
-    value = Fraction(digits) * Fraction(10) ** int(match["power"] or 0)
-    negative = "-" in (match["sign"], match["late"])
-    return -value if negative else value, match["currency"] or match["percent"]
 
 
 def same_text(a: str, b: str, rel_tol: Fraction = Fraction(0)) -> bool:
@@ -102,45 +91,6 @@ def math(prediction: str, gold: str) -> float:
 
 # ---------------------------------------------------------------------------------------------------- choices
 
-LABEL = re.compile(
-    r"(?:the )?(?:(?:final|correct|best|right) )?(?:answer|option|choice)(?: is)?\s{0,3}[:=]?\s{0,3}", re.I
-)
-AROUND = " \t\n.,:;!?*`\"'$()[]{}<>_"
-
-
-def chosen_letters(text: str, options: dict[str, str], several: bool = False) -> str:
-    """The option letters an answer commits to, sorted, upper case; "" where it names none, or more than asked for."""
-    if len(text) > 10_000:
-        return ""
-    text = unwrap(visible(text)).strip(AROUND[:3] + "$*`")
-    text = text[match.end() :] if (match := LABEL.match(text)) else text
-    core = text.strip(AROUND)
-    if re.fullmatch(r"[A-Za-z]", core) and (not options or core.upper() in options):
-        return core.upper()
-    form = plain_form(text)
-    matching = [letter for letter, option in options.items() if plain_form(option) == form]
-    if form and len(matching) == 1:
-        return matching[0]
-    labelled = re.match(r"[(\[<]?([A-Za-z])([\s).:\]>,;=(-]+)(.+)", text, re.DOTALL)
-    if labelled and labelled[1].upper() in options:
-        rest = plain_form(labelled[3].strip(" )"))
-        if rest and rest == plain_form(options[labelled[1].upper()]):
-            return labelled[1].upper()
-    if labelled and not options and re.fullmatch(r"\)|\]|[).\]]?[.:]?\s|[):]\s?", labelled[2]):
-        # without the options' texts a label must look like one, and no other letter may stand behind it
-        words = re.findall(r"[^\W\d_]+", labelled[3])
-        if any(len(word) > 1 for word in words) and not any(len(w) == 1 and w.isupper() for w in words):
-            return labelled[1].upper() if labelled[2].strip() else ""
-    if several:
-        letters = re.findall(r"[A-Za-z]", core)
-        if re.fullmatch(
-            r"[A-Z]{2,10}|\(?[A-Za-z]\)?(?:(?:\s?[,/&;]\s?(?:and )?|\s(?:and\s)?)\(?[A-Za-z]\)?){1,9}", core
-        ):
-            letters = [letter.upper() for letter in re.findall(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", core)] or letters
-            if len(set(letters)) == len(letters):
-                return "".join(sorted(letters))
-    return ""
-
 
 def multiple_choice(prediction: str, gold: str, options: dict[str, str] | list[str] | None = None) -> float:
     """1 if the prediction commits to the gold letter (or, with options, to its text) and to nothing else; else 0.
@@ -156,40 +106,7 @@ def multiple_choice(prediction: str, gold: str, options: dict[str, str] | list[s
     return float(chosen_letters(prediction, options, several=len(wanted) > 1) == wanted)
 
 
-def options_of(options) -> dict[str, str]:
-    """Options as texts by upper-case letter."""
-    if not options:
-        return {}
-    if isinstance(options, dict):
-        return {str(letter).strip(AROUND).upper(): str(text) for letter, text in options.items()}
-    return {chr(ord("A") + i): str(text) for i, text in enumerate(options)}
-
-
 # ---------------------------------------------------------------------------------------------------- coordinates
-
-PAIR = r"(-?[0-9]{1,30}(?:\.[0-9]{1,30})?) ?, ?(-?[0-9]{1,30}(?:\.[0-9]{1,30})?)"
-POINT = re.compile(rf" ?(?:\[ ?\( ?{PAIR} ?\) ?\]|\( ?{PAIR} ?\)|\[ ?{PAIR} ?\]|{PAIR}) ?")
-PLAIN_POINT = re.compile(rf" ?\(?{PAIR.replace(' ?, ?', '(?: ?, ?| )')}\)?[.]? ?")
-
-
-def first_point(text: str, scale: float = 1000, tagged: bool = True) -> tuple[tuple[float, float] | None, int]:
-    """(the first `<point>`'s x and y, each in 0..scale, or None; how many further points were begun or ended).
-
-    Without `tagged` a text that is nothing but two numbers is a point too.
-    """
-    extra = max(text.count("<point>"), text.count("</point>")) - 1
-    start = text.find("<point>")
-    end = text.find("</point>", start)
-    if not tagged and extra < 0 and len(text) <= 500:
-        match, extra = PLAIN_POINT.fullmatch(" ".join(visible(text).split())), 0
-    elif start < 0 or end < 0 or end - start > 500:
-        return None, max(extra, 0)
-    else:
-        match = POINT.fullmatch(" ".join(visible(text[start + 7 : end]).split()))
-    if match is None:
-        return None, extra
-    x, y = (float(number) for number in match.groups() if number is not None)
-    return ((x, y) if 0 <= x <= scale and 0 <= y <= scale else None), extra
 
 
 def click_score(
@@ -218,15 +135,6 @@ def gui_coordinate(
     """
     score, extra = click_score(prediction, gold, max_dist, scale, tagged)
     return score * EXTRA_FACTOR**extra
-
-
-def point_of(gold) -> tuple[float, float] | None:
-    """ "x,y" or a pair of numbers in [0, 1], else None."""
-    try:
-        x, y = (float(part) for part in (gold.strip().strip("()[]").split(",") if isinstance(gold, str) else gold))
-    except (TypeError, ValueError):
-        return None
-    return (x, y) if 0 <= x <= 1 and 0 <= y <= 1 else None
 
 
 # ---------------------------------------------------------------------------------------------------- tool calls
@@ -501,13 +409,15 @@ VERIFIERS: dict[str, Callable[..., float]] = {
     "tool_call": tool_call,
     "abstention": abstention,
     "format": format_reward,
+    **METRICS,
 }
+ALIASES = {"mathruler": "math", "asr": "asr_wer", "wer": "asr_wer", "mcq": "multiple_choice"}
 
 
 def verifier_name(name: str) -> str:
     """The name in VERIFIERS of a verifier as data files write it. Raises OmniInputError."""
     plain = name.strip().lower().replace("-", "_")
-    plain = {"mathruler": "math", "asr": "asr_wer", "wer": "asr_wer", "mcq": "multiple_choice"}.get(plain, plain)
+    plain = ALIASES.get(plain, plain)
     if plain not in VERIFIERS:
         raise OmniInputError(f"no verifier is called {name[:50]!r}; there are {', '.join(VERIFIERS)}")
     return plain
@@ -520,8 +430,9 @@ def score(verifier: str, prediction: str | None, gold, **args) -> float:
         verifier: a name of VERIFIERS, with - or _.
         prediction: what the policy wrote: for "format" (and "tool_call") the completion with its thinking tags, for the
             others the answer alone (the content of the box).
-        gold: the right answer; a list of them for string_match, math and multiple_choice: the best counts.
-        args: of the verifier: rel_tol, options, max_dist, scale, tagged, lang, prompt_opened_think.
+        gold: the right answer; a list of them for string_match, math, multiple_choice and the metrics of
+            `metrics.BEST_OF`: the best counts. Points, calls, boxes and instructions have forms of their own.
+        args: of the verifier: rel_tol, options, max_dist, scale, tagged, lang, prompt_opened_think, ...
 
     Raises:
         OmniInputError: an unknown verifier.
@@ -530,11 +441,11 @@ def score(verifier: str, prediction: str | None, gold, **args) -> float:
     name = verifier_name(verifier)
     if not isinstance(prediction, str) or len(prediction) > MAX_CHARS:
         return 0.0
-    if isinstance(gold, list) and name in ("string_match", "math", "multiple_choice"):
+    if isinstance(gold, list) and name in ("string_match", "math", "multiple_choice", *BEST_OF):
         return max((score(name, prediction, one, **args) for one in gold), default=0.0)
     if isinstance(gold, (int, float)):
         gold = str(gold)
-    if name not in ("tool_call", "gui_coordinate") and not isinstance(gold, str):
+    if name not in ("tool_call", "gui_coordinate", *STRUCTURED) and not isinstance(gold, str):
         return 0.0
     return min(1.0, max(0.0, float(VERIFIERS[name](prediction, gold, **args))))
 
@@ -549,6 +460,12 @@ def check_gold(verifier: str, gold, **args) -> None:
         return check_gold(inner, answer, **{k: v for k, v in args.items() if k != "prompt_opened_think"})
     if name == "gui_coordinate":
         fine = point_of(gold) is not None
+    elif name in ("iou", "grounding_accuracy", "click_accuracy"):
+        fine = box_of(gold, args.get("size")) is not None
+    elif name == "ifeval":
+        return check_instructions(gold)
+    elif name == "vqa_accuracy":
+        fine = bool(gold) and all(isinstance(one, str) for one in gold)
     elif name == "tool_call":
         try:
             fine = gold_calls(gold) is not None

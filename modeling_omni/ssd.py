@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 SCAN_CHUNK = 64
 # Elements of the largest buffer of the scan: small enough for a CPU's cache, large enough that Python costs little.
 SCAN_ELEMENTS = 2**20
+# Elements of a block of the convolution, which goes through the taps in the cache.
+CONV_ELEMENTS = 2**19
 # In training a state is kept per run of chunks, so the runs are longer.
 TRAINING_FACTOR = 4
 
@@ -346,6 +348,20 @@ def ssd_step(
     return y if D_H is None else torch.addcmul(y, x, D_H.float()[:, None])
 
 
+def ssd_advance(
+    x_BSHP: torch.Tensor, dt_BSH: torch.Tensor, A_H: torch.Tensor, B_BSGN: torch.Tensor, state_BHPN: torch.Tensor
+) -> None:
+    """The state that `ssd_scan` leaves behind the tokens, without its outputs; `state_BHPN` is updated in place.
+
+    One product per group, for a handful of tokens whose outputs are known already.
+    """
+    total_BSH = (dt_BSH * A_H).cumsum(1)  # log decay through each token
+    weight_BSH = (total_BSH[:, -1:] - total_BSH).exp() * dt_BSH
+    inputs = (x_BSHP.float() * weight_BSH[..., None]).unflatten(2, (B_BSGN.shape[2], -1)).flatten(3)  # [B, S, G, R P]
+    new = inputs.permute(0, 2, 3, 1) @ B_BSGN.float().transpose(1, 2)  # [B, G, R P, N]
+    state_BHPN.mul_(total_BSH[:, -1].exp()[..., None, None]).add_(new.reshape(state_BHPN.shape))
+
+
 # ---- the convolution ----
 
 
@@ -356,7 +372,7 @@ def causal_conv1d(
     seq_idx: torch.Tensor | None = None,
     kernels: str = "auto",
 ) -> torch.Tensor:
-    """Depthwise causal convolution with SiLU, as a sum of shifted products (no transposes, no padding).
+    """Depthwise causal convolution with SiLU, as a sum of shifted products in float32 (no transposes, no padding).
 
     `x_BSC` may carry history in front; with `seq_idx` [B, S] a tap never reaches into another document.
     Returns [B, S, C]. In training only the inputs are kept.
@@ -371,21 +387,49 @@ def causal_conv1d(
     tensors = (x_BSC, weight_CK, bias_C)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _CausalConv1d.apply(*tensors, seq_idx)
-    return F.silu(_convolve(*tensors, seq_idx), inplace=True)
+    return _convolved(*tensors, seq_idx)
 
 
-def _taps(kernel: int, seq_idx: torch.Tensor | None, length: int):
-    """(how far a tap looks back, where it stays in its document) of every tap but the last; None: everywhere."""
-    for back in range(1, min(kernel, length)):
-        yield back, None if seq_idx is None else (seq_idx[:, back:] == seq_idx[:, :-back])[..., None]
+def _conv_blocks(x: torch.Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of runs of tokens that stay in a CPU's cache through all taps."""
+    length = x.shape[1]
+    elements = CONV_ELEMENTS if x.device.type == "cpu" else length * x.shape[0] * x.shape[2]
+    rows = max(1, elements // (x.shape[0] * x.shape[2]))
+    return [(start, min(start + rows, length)) for start in range(0, length, rows)]
 
 
-def _convolve(x, weight, bias, seq_idx):
-    kernel, length = weight.shape[1], x.shape[1]
-    y = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
-    for back, same in _taps(kernel, seq_idx, length):
-        earlier = x[:, :-back] if same is None else x[:, :-back] * same
-        y[:, back:].addcmul_(earlier, weight[:, -1 - back])
+def _wide(weight, bias, x):
+    """Weights [K, C] and bias in float32 (float64 for float64 inputs), in which the sums are formed."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return weight.t().to(dtype).contiguous(), None if bias is None else bias.to(dtype)
+
+
+def _shifted(block, seq_idx, back, first, start, stop):
+    """Tokens start - back .. stop - back of a row whose tokens from `first` on are `block`; 0 across documents."""
+    earlier = block[:, start - back - first : stop - back - first]
+    if seq_idx is None or back == 0:
+        return earlier
+    return earlier * (seq_idx[:, start:stop] == seq_idx[:, start - back : stop - back])[..., None]
+
+
+def _convolve(x, weight_KC, bias, seq_idx, start, stop):
+    """The sums of tokens start..stop, before SiLU, and the tokens they read, from `first` on."""
+    kernel = len(weight_KC)
+    first = max(0, start - kernel + 1)
+    block = x[:, first:stop].to(weight_KC.dtype)
+    own = block[:, start - first :]
+    y = own * weight_KC[-1] if bias is None else torch.addcmul(bias, own, weight_KC[-1])
+    for back in range(1, kernel):
+        begin = max(start, back)
+        if begin < stop:
+            y[:, begin - start :].addcmul_(_shifted(block, seq_idx, back, first, begin, stop), weight_KC[-1 - back])
+    return y, block, first
+
+
+def _convolved(x, weight, bias, seq_idx):
+    y, (weight, bias) = torch.empty(x.shape, dtype=x.dtype, device=x.device), _wide(weight, bias, x)
+    for start, stop in _conv_blocks(x):
+        y[:, start:stop] = F.silu(_convolve(x, weight, bias, seq_idx, start, stop)[0], inplace=True)
     return y
 
 
@@ -393,25 +437,40 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, seq_idx):
         ctx.save_for_backward(x, weight, bias, seq_idx)
-        return F.silu(_convolve(x, weight, bias, seq_idx), inplace=True)
+        return _convolved(x, weight, bias, seq_idx)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, bias, seq_idx = ctx.saved_tensors
-        grad = torch.ops.aten.silu_backward(grad, _convolve(x, weight, bias, seq_idx))
-        dx = grad * weight[:, -1]
-        dweight = torch.empty_like(weight)
-        dweight_dtype = torch.promote_types(grad.dtype, torch.float32)
-        dweight[:, -1] = (grad * x).sum((0, 1), dtype=dweight_dtype)
-        for back, same in _taps(weight.shape[1], seq_idx, x.shape[1]):
-            reached = grad[:, back:] if same is None else grad[:, back:] * same
-            dx[:, :-back].addcmul_(reached, weight[:, -1 - back])
-            dweight[:, -1 - back] = (reached * x[:, :-back]).sum((0, 1), dtype=dweight_dtype)
-        if x.shape[1] < weight.shape[1]:  # taps that reach no token of so short a row
-            dweight[:, : weight.shape[1] - x.shape[1]] = 0
-        dbias = None if bias is None else grad.sum((0, 1)).to(bias.dtype)
-        return dx.to(x.dtype), dweight, dbias, None
+        wide, wide_bias = _wide(weight, bias, x)
+        dx, dweight = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.zeros_like(wide)
+        dbias = None if bias is None else torch.zeros_like(wide_bias)
+        length, kernel = x.shape[1], len(wide)
+        for start, stop in _conv_blocks(x):
+            end = min(stop + kernel - 1, length)  # the last outputs that these inputs reach
+            y, block, first = _convolve(x, wide, wide_bias, seq_idx, start, end)
+            dy = torch.ops.aten.silu_backward(grad[:, start:end].to(wide.dtype), y)
+            own = dy[:, : stop - start]
+            if dbias is not None:
+                dbias += own.sum((0, 1))
+            for back in range(kernel):
+                begin = max(start, back)
+                if begin < stop:
+                    read = _shifted(block, seq_idx, back, first, begin, stop)
+                    dweight[-1 - back] += (own[:, begin - start :] * read).sum((0, 1))
+            dblock = own * wide[-1]
+            for back in range(1, kernel):
+                reach = min(stop, length - back)  # inputs from here on have no output `back` tokens later
+                if reach > start:
+                    later = dy[:, back : reach - start + back]
+                    if seq_idx is not None:
+                        same = seq_idx[:, start:reach] == seq_idx[:, start + back : reach + back]
+                        later = later * same[..., None]
+                    dblock[:, : reach - start].addcmul_(later, wide[-1 - back])
+            dx[:, start:stop] = dblock
+        dbias = None if bias is None else dbias.to(bias.dtype)
+        return dx, dweight.t().to(weight.dtype), dbias, None
 
 
 def causal_conv1d_step(window_BCK: torch.Tensor, weight_CK: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
@@ -420,4 +479,4 @@ def causal_conv1d_step(window_BCK: torch.Tensor, weight_CK: torch.Tensor, bias_C
     return F.silu(y if bias_C is None else y + bias_C)
 
 
-__all__ = ["SCAN_CHUNK", "causal_conv1d", "causal_conv1d_step", "cuda_kernels", "ssd_scan", "ssd_step"]
+__all__ = ["SCAN_CHUNK", "causal_conv1d", "causal_conv1d_step", "cuda_kernels", "ssd_advance", "ssd_scan", "ssd_step"]

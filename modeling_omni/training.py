@@ -52,7 +52,8 @@ from .packing import PackedRows, row_limits
 from .planning import LANGUAGE_KINDS, memory_estimate
 from .reporting import Previews, RouterLoad, evaluate, parameter_table, write_model_card
 
-# Group name -> what its parameters' names begin with; the longest that fits decides. The router is told by its place.
+# Group name -> what its parameters' names begin with; the longest that fits decides. The router is told by its place,
+# a draft head's own is part of the head.
 GROUPS = {
     "language": "model.language_model.",
     "embeddings": "model.language_model.embeddings.",
@@ -62,6 +63,7 @@ GROUPS = {
     "vision_projector": "model.vision_projector.",
     "audio": "model.audio_tower.",
     "audio_projector": "model.audio_projector.",
+    "mtp": "mtp.",
 }
 # Parts whose activations can be computed again in the backward pass (paper 3.1.8) -> how their modules' names begin
 RECOMPUTED = {name: GROUPS[name] for name in ("language", "vision", "vision_projector", "audio", "audio_projector")}
@@ -89,6 +91,9 @@ class SFTArguments:
     towers: dict[str, str] = _key({}, "group -> safetensors file of a pre-trained tower")
     train: list[str] = _key(list(GROUPS), f"groups to train: {list(GROUPS)}")
     lora: dict | None = _key(None, "train adapters instead of the groups; see modeling_omni/lora.py")
+    mtp_layers: int = _key(0, "new draft heads (multi-token prediction) for a checkpoint that has none")
+    mtp_depth: int = _key(1, "drafts in a row that the heads learn; beyond their number the last one is unrolled")
+    mtp_loss_weight: float = _key(0.1, "of the heads' loss beside the model's; with a frozen model theirs is the loss")
     cpe_eval: bool = _key(True, "vision position embedding in eval mode; false: random windows of it")
     # data
     data: list[dict] = _key([], "sources: {path, weight (share of tokens), ...}; see SOURCE_KEYS in data.py")
@@ -166,7 +171,7 @@ def load_arguments(cls, argv: list[str] | None = None):
 
 def group_of(name: str) -> str:
     """The group of a parameter by its name."""
-    if GROUPS["router"] in name:
+    if GROUPS["router"] in name and not name.startswith(GROUPS["mtp"]):
         return "router"
     return max((group for group in GROUPS if name.startswith(GROUPS[group])), key=lambda group: len(GROUPS[group]))
 
@@ -251,7 +256,13 @@ def build_model(args: SFTArguments, dtype: torch.dtype = torch.float32, start: s
     if (args.model is None) == (args.model_config is None):
         raise ValueError("give exactly one of `model` (a checkpoint) and `model_config` (random weights)")
     if start or args.model:
-        model = OmniForConditionalGeneration.from_pretrained(start or resolve_checkpoint(args.model), dtype=dtype)
+        checkpoint = start or resolve_checkpoint(args.model)
+        config = OmniConfig.from_pretrained(checkpoint)
+        config.llm_config.num_nextn_predict_layers = config.llm_config.num_nextn_predict_layers or args.mtp_layers
+        torch.manual_seed(args.seed)
+        model = OmniForConditionalGeneration.from_pretrained(checkpoint, config=config, dtype=dtype)
+        if args.mtp_layers:  # transformers saves by the rules that loading used: new heads have one of their own
+            model._weight_conversions = None
     else:
         torch.manual_seed(args.seed)
         model = OmniForConditionalGeneration(OmniConfig(**yaml.safe_load(Path(args.model_config).read_text()))).to(
@@ -261,6 +272,7 @@ def build_model(args: SFTArguments, dtype: torch.dtype = torch.float32, start: s
         for group, path in args.towers.items():
             load_tower(model, group, path)
     model.model.vision_tower.force_cpe_eval_mode = args.cpe_eval
+    model.mtp_depth, model.mtp_loss_weight = args.mtp_depth, args.mtp_loss_weight
     return model
 
 

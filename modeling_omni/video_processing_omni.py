@@ -18,9 +18,10 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from .evs import kept_tokens
-from .image_processing_omni import MERGE_SIZE, MIN_BUDGET_PATCHES, fit_media_budget, normalize_pixels, resize_frames
+from .image_processing_omni import MERGE_SIZE, MIN_BUDGET_PATCHES, fit_media_budget, resize_frames, write_patches
 from .media import OmniInputError, VideoClip, load_video
 
+TUBELETS_AT_ONCE = 4  # resized before their patches are written: they stay in the cache, and memory small
 SECONDS_PER_AUDIO_TOKEN = 0.08  # 8 mel frames of 10 ms; 375 tokens in a clip of 30 s
 
 
@@ -194,17 +195,23 @@ class OmniVideoProcessor(VideoProcessorMixin):
         t, h, w = self.grid(num_frames, height, width, scale, target_patches, max_patches)
         return kept_tokens(t, h * w // self.merge_size**2, pruning_rate)
 
-    def patches(self, frames_THWC: np.ndarray, h: int, w: int) -> torch.Tensor:
-        """uint8 RGB [T, H, W, 3] -> normalised tubelet patches float32 [t * h * w, P2]."""
+    def patches(self, videos: Sequence[tuple[np.ndarray, int, int]]) -> torch.Tensor:
+        """uint8 RGB [T, H, W, 3] and the grid h, w of every video -> normalised tubelets float32 [sum t * h * w, P2].
+
+        An odd number of frames is filled up with the last one.
+        """
         p, s = self.patch_size, self.video_temporal_patch_size
-        frames_TCHW = torch.from_numpy(np.require(frames_THWC, requirements=["C", "W"])).permute(0, 3, 1, 2)
-        frames_TCHW = normalize_pixels(resize_frames(frames_TCHW, h * p, w * p), self.norm_mean, self.norm_std)
-        t = num_tubelets(len(frames_TCHW), s)
-        missing = t * s - len(frames_TCHW)
-        if missing:
-            frames_TCHW = torch.cat([frames_TCHW, frames_TCHW[-1:].expand(missing, -1, -1, -1)])
-        tubelets = frames_TCHW.view(t, s, 3, h, p, w, p).permute(0, 3, 5, 1, 2, 4, 6)  # [t, h, w, s, 3, p, p]
-        return tubelets.reshape(t * h * w, s * 3 * p * p)
+        sizes = [num_tubelets(len(frames), s) * h * w for frames, h, w in videos]
+        patches = torch.empty(sum(sizes), s * 3 * p * p)
+        for (frames_THWC, h, w), part in zip(videos, patches.split(sizes)):
+            frames_THWC = torch.from_numpy(np.require(frames_THWC, requirements=["C", "W"]))
+            pieces = zip(frames_THWC.split(TUBELETS_AT_ONCE * s), part.split(TUBELETS_AT_ONCE * h * w))
+            for piece_THWC, piece in pieces:
+                pixels_TCHW = resize_frames(piece_THWC, h * p, w * p)
+                if missing := -len(pixels_TCHW) % s:
+                    pixels_TCHW = torch.cat([pixels_TCHW, pixels_TCHW[-1:].expand(missing, -1, -1, -1)])
+                write_patches(pixels_TCHW, self.norm_mean, self.norm_std, p, piece)
+        return patches
 
     def preprocess(
         self, videos, return_tensors: str | None = "pt", max_media_tokens: int | None = None, **kwargs
@@ -236,10 +243,9 @@ class OmniVideoProcessor(VideoProcessorMixin):
             [lambda s, size=size: processor.num_tokens(*size, scale=s) for size in sizes], max_media_tokens
         )
         grids = [processor.grid(*size, scale) for size in sizes]
+        items = [(clip.frames, h, w) for clip, (_, h, w) in zip(clips, grids, strict=True)]
         data = {
-            "pixel_values_videos": torch.cat(
-                [processor.patches(clip.frames, h, w) for clip, (_, h, w) in zip(clips, grids, strict=True)]
-            ),
+            "pixel_values_videos": processor.patches(items),
             "video_grid_thw": torch.tensor(grids),
         }
         return BatchFeature(data, tensor_type=return_tensors)

@@ -8,7 +8,7 @@ from tiny_model import LLM, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from modeling_omni import benchmark
+from modeling_omni import benchmark, benchmark_length
 from modeling_omni.benchmark_peers import omni_config
 from modeling_omni.benchmark_phases import PHASES, Case, Options
 from modeling_omni.configuration_omni import OmniTextConfig
@@ -161,11 +161,12 @@ def test_peers_that_fail_are_named():
     assert "left out" in benchmark.markdown([skipped])
 
 
-def test_like_is_held_against_like():
+def test_peers_are_held_against_our_fastest():
     times = {"ours": [3.0], "native": [4.0], "ours, compiled": [1.0], "native, compiled": [2.0], "llama.cpp": [1.5]}
     against = {name: benchmark.opponent(name, times) for name in times}
-    assert against["native"] == "ours" and against["native, compiled"] == "ours, compiled"
-    assert against["llama.cpp"] == "ours, compiled" and against["ours, compiled"] == "ours"
+    for peer in ("native", "native, compiled", "llama.cpp"):
+        assert against[peer] == "ours, compiled"
+    assert against["ours, compiled"] == "ours" and against["ours"] is None
 
 
 def test_peak_memory_is_what_a_call_adds():
@@ -177,6 +178,13 @@ def test_peak_memory_is_what_a_call_adds():
     options = Options("cpu", ["fp32"], True, 0.1)
     elsewhere = benchmark.memory_elsewhere("scan", 0, "ours", 1, options)
     assert elsewhere is not None and 0 <= elsewhere < 100e6
+
+
+def test_growth_with_the_length(capfd):
+    assert benchmark_length.main(["--tokens", "64,192", "--chunk", "32"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("| tokens |") and lines[2].startswith("| 64 |") and "| 1.00 |" in lines[2]
+    assert lines[3].startswith("| 192 |") and len(lines) == 4
 
 
 def test_mid_is_the_hybrid_that_it_says():

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,7 +36,7 @@ from transformers.video_utils import VideoMetadata
 
 from modeling_omni.configuration_omni import MODEL_TYPE, OmniConfig
 from modeling_omni.evs import kept_tokens
-from modeling_omni.image_processing_omni import OmniImageProcessor, fit_media_budget, image_grid
+from modeling_omni.image_processing_omni import OmniImageProcessor, fit_media_budget, image_grid, resize_frames
 from modeling_omni.media import OmniInputError, VideoClip
 from modeling_omni.processing_omni import OmniProcessor, register_auto_processors
 from modeling_omni.video_processing_omni import (
@@ -191,6 +192,15 @@ def test_video_pixels_equal_native(size):
     t, h, w = ours["video_grid_thw"][0].tolist()
     ours_TCHW = ours["pixel_values_videos"].view(t, h, w, 2, 3, 16, 16).permute(0, 3, 4, 1, 5, 2, 6)
     torch.testing.assert_close(ours_TCHW.reshape(2 * t, 3, 16 * h, 16 * w), native, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "target"), [((720, 1280), (384, 672)), ((301, 499), (32, 80)), ((40, 5000), (16, 640))]
+)
+def test_frames_that_shrink_much(size, target):
+    video = torch.from_numpy(frames(3, *size))
+    expected = F.interpolate(video.permute(0, 3, 1, 2).float(), target, mode="bicubic", antialias=True)
+    torch.testing.assert_close(resize_frames(video, *target), expected, atol=1e-3, rtol=0)  # of 255
 
 
 def test_patch_order_and_exact_size():

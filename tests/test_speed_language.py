@@ -21,6 +21,7 @@ from modeling_omni.kernels import (
     relu2,
     rms_norm,
     routed_experts,
+    sort_by_expert,
 )
 from modeling_omni.modeling_language import OmniLanguageModel, TopKRouter, attention_inputs, init_language_weights
 from modeling_omni.ssd import causal_conv1d, causal_conv1d_step, cuda_kernels, ssd_scan, ssd_step
@@ -227,6 +228,16 @@ def test_experts_and_their_gradients_equal_a_sum_over_choices(tokens):
         torch.testing.assert_close(torch.autograd.grad(output, [inputs[i] for i in needed], grad)[0], wanted[needed[0]])
 
 
+def test_sorted_rows_are_filled_up():
+    experts = torch.cat([torch.tensor([[0, 2]]).expand(9, 2), torch.tensor([[2, 3]])])  # 9, 0, 10 and 1 rows
+    tokens, places, spans = sort_by_expert(experts, 4, 2)
+    assert spans == [(0, 0, 10), (2, 10, 20), (3, 20, 21)]
+    assert tokens.tolist() == [*range(9), 0, *range(10), 9]
+    assert torch.equal(tokens[places], torch.arange(10)[:, None].expand(10, 2))
+    expert_of_row = torch.tensor([e for e, start, stop in spans for _ in range(start, stop)])
+    assert torch.equal(expert_of_row[places], experts)
+
+
 def test_grouped_experts_equal_the_sorted_ones():
     hidden, experts, weights, up, down = expert_inputs(40, torch.float32)
     expected = plain_experts(hidden, experts, weights, up, down)
@@ -237,8 +248,9 @@ def test_grouped_experts_equal_the_sorted_ones():
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
 
 
-def test_experts_in_bfloat16_and_under_autocast():
-    exact = [t.detach() for t in expert_inputs(40)]
+@pytest.mark.parametrize("tokens", [40, 200])  # 200: experts have rows enough to be filled up
+def test_experts_in_bfloat16_and_under_autocast(tokens):
+    exact = [t.detach() for t in expert_inputs(tokens)]
     expected = plain_experts(*exact)
     halves = [t if t.dtype == torch.long else t.bfloat16() for t in exact]
     floats = [t if t.dtype == torch.long else t.float() for t in exact]
