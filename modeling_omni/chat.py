@@ -158,7 +158,9 @@ class Chat:
             return "(stopped; this message was not sent)"
         said = turn.messages[1:] if self.system else turn.messages
         answer = {"role": "assistant", "content": result["answer"], "reasoning_content": result["reasoning"]}
-        self.messages, self.attached, self.turns = [*said, answer], [], self.turns + 1
+        if len(said) > len(self.messages):  # not by /retry or /edit, which leave alone what waits for the next message
+            self.attached = []
+        self.messages, self.turns = [*said, answer], self.turns + 1
         known = f"; {result['cached_tokens']} known" if result.get("cached_tokens") else ""
         return (
             f"({'stopped; ' * stopped}prompt {turn.tokens}{known}; answer {result['generated_tokens']} tokens, "

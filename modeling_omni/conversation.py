@@ -164,8 +164,8 @@ class Interrupted(Exception):
 class ConversationCache:
     """What earlier requests left behind. One model, one thread at a time.
 
-    A prefix is found by nothing but its exact content, and only within its `scope` (a client, say), so that no one can
-    learn from the time of an answer what others have asked.
+    Prefixes and media are found by nothing but their exact content, and only within their `scope` (a client, say), so
+    that no one can learn from the time of an answer what others have asked or shown.
 
     Args:
         max_bytes: of prefixes: 30B-A3B in bfloat16 needs about 6 KiB a token and 50 MiB a point.
@@ -174,7 +174,7 @@ class ConversationCache:
 
     def __init__(self, max_bytes: int = MAX_BYTES, max_media_bytes: int = MAX_BYTES):
         self.max_bytes, self.max_media_bytes = max_bytes, max_media_bytes
-        self.features: OrderedDict[bytes, tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
+        self.features: OrderedDict[tuple[str, bytes], tuple[torch.Tensor, torch.Tensor | None]] = OrderedDict()
         self.prefixes: list[Prefix] = []  # the most recently used last
 
     def clear(self) -> None:
@@ -183,22 +183,24 @@ class ConversationCache:
 
     # -------------------------------------------------------------------------------------------- media
 
-    def media_features(self, model, media: list[Medium]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def media_features(
+        self, model, media: list[Medium], scope: str = ""
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Features [tokens, D] of every medium, and which of a video's tokens stay with EVS (None without); towers run
-        over those that are not known."""
+        over those that are not known in this scope."""
         new = {}
         for kind, encode in (
             (TYPE_IMAGE, model.model.get_image_features),
             (TYPE_VIDEO, model.model.get_video_features),
             (TYPE_AUDIO, model.model.get_audio_features),
         ):
-            unknown = {m.digest: m for m in media if m.kind == kind and m.digest not in self.features}
+            unknown = {m.digest: m for m in media if m.kind == kind and (scope, m.digest) not in self.features}
             if unknown:
                 new |= encode_media(model, kind, list(unknown.values()), encode)
-        found = [new[medium.digest] if medium.digest in new else self.features[medium.digest] for medium in media]
+        found = [new[m.digest] if m.digest in new else self.features[scope, m.digest] for m in media]
         for medium, features in zip(media, found):
-            self.features[medium.digest] = features
-            self.features.move_to_end(medium.digest)
+            self.features[scope, medium.digest] = features
+            self.features.move_to_end((scope, medium.digest))
         held = sum(feature_bytes(features) for features in self.features.values())
         while held > self.max_media_bytes and self.features:
             held -= feature_bytes(self.features.popitem(last=False)[1])
@@ -235,7 +237,7 @@ class ConversationCache:
         Raises:
             Interrupted: `stopped` said so. OmniInputError: media and places do not fit.
         """
-        config, device = model.config, model.device
+        config = model.config
         ids = inputs["input_ids"][0].cpu()
         if inputs["input_ids"].shape[0] != 1 or not bool(inputs["attention_mask"].all()):
             raise ValueError("a conversation is one row without padding")
@@ -245,7 +247,7 @@ class ConversationCache:
         cache = DynamicCache(config=config.llm_config)
         if known is not None:
             restore(cache, known, cached, config.llm_config.conv_kernel)
-        embeds = self._embed(model, inputs, media, cached, device)
+        embeds = self._embed(model, inputs, media, cached, scope)
 
         ends = torch.isin(ids[:-1], torch.tensor(sorted(end_tokens(model)) or [-1])).nonzero()
         turn = int(ends[-1]) + 1 if len(ends) else 0  # behind the <|im_end|> of the user
@@ -265,14 +267,15 @@ class ConversationCache:
             self._keep(ready, known, ids[:-1], points, turns)
         return ready
 
-    def _embed(self, model, inputs, media: list[Medium], cached: int, device) -> torch.Tensor:
+    def _embed(self, model, inputs, media: list[Medium], cached: int, scope: str) -> torch.Tensor:
         """Embeddings [1, S - cached, D] of what is left to read, its media in their places."""
+        device = model.device
         ids = inputs["input_ids"][:, cached:].to(device)
         media = [medium for medium in media if medium.start >= cached]
         if not media:
             return model.model.embed_multimodal(ids)
         types = inputs["mm_token_type_ids"][:, cached:].to(device)
-        features = self.media_features(model, media)
+        features = self.media_features(model, media, scope)
         names = {TYPE_IMAGE: "image_features", TYPE_VIDEO: "video_features", TYPE_AUDIO: "audio_features"}
         encoded = {
             name: torch.cat([tokens for (tokens, _), medium in zip(features, media) if medium.kind == kind])
@@ -334,7 +337,17 @@ class ConversationCache:
     # -------------------------------------------------------------------------------------------- generation
 
     def generate(self, model, inputs: dict[str, torch.Tensor], prefill_chunk_size: int | None = None, **options):
-        """`model.generate(**inputs, **options)` for one conversation, continued from what is known: [1, S + new]."""
+        """`model.generate(**inputs, **options)` for one conversation, continued from what is known: [1, S + new].
+
+        With `mtp_drafts` the draft head reads the prompt's last token and the answer alone, not the prompt.
+
+        Raises:
+            OmniInputError: several beams or answers are asked for.
+        """
+        config = options.get("generation_config") or model.generation_config
+        for name in ("num_beams", "num_return_sequences"):
+            if (options.get(name) or getattr(config, name, None) or 1) > 1:
+                raise OmniInputError(f"a conversation goes on from one answer: {name} cannot be more than 1")
         ready = self.prefill(model, inputs, prefill_chunk_size)
         sequence = model.generate(**generate_inputs([ready], model.device), **options)
         self.finish(ready, sequence[0])

@@ -67,9 +67,11 @@ def test_commands_that_take_back(nano):
     assert [part["type"] for part in content] == ["image", "text"] and content[1]["text"] == "Where is the blue square?"
     with pytest.raises(OmniInputError, match="write /edit and"):
         chat.take("/edit")
-    say(chat, "/undo")
-    assert chat.messages == [] and chat.turns == 3
     say(chat, f"/audio {MEDIA / 'digits.wav'}")
+    say(chat, "/retry", max_new_tokens=1)
+    assert [part["name"] for part in chat.attached] == ["digits.wav"]  # it waits for a message of its own
+    say(chat, "/undo")
+    assert chat.messages == [] and chat.turns == 4
     assert say(chat, "/detach")[1] == ["nothing is attached"] and chat.take("") == ([], None)
 
 

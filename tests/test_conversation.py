@@ -2,15 +2,16 @@
 
 import contextlib
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from tiny_model import tiny_model
+from tiny_model import LLM, tiny_model
 from transformers import GenerationConfig
 
-from modeling_omni import OmniProcessor
-from modeling_omni.conversation import ConversationCache, generate_inputs, media_of, stack_caches
+from modeling_omni import OmniInputError, OmniProcessor
+from modeling_omni.conversation import ConversationCache, generate_inputs, mamba_states, media_of, stack_caches
 from modeling_omni.generation_rows import Row, generate_rows, row_text
 from modeling_omni.inference import encode, stream_answer
 
@@ -176,10 +177,11 @@ def test_edits_invalidate_exactly_what_they_must(model):
 
 
 def test_scopes_do_not_see_each_other(model):
-    cache, inputs = ConversationCache(), encode(model, PROCESSOR, [user("my secret question")])
-    assert cache.prefill(model, inputs, scope="a").cached == 0
-    assert cache.prefill(model, inputs, scope="b").cached == 0
-    assert cache.prefill(model, inputs, scope="a").cached > 0
+    cache, inputs = ConversationCache(), encode(model, PROCESSOR, [user(image(1), "my secret question")])
+    for scope, known in (("a", False), ("b", False), ("a", True)):
+        with tower_items(model) as seen:
+            assert (cache.prefill(model, inputs, scope=scope).cached > 0) == known
+        assert seen["vision"] == (not known)
 
 
 def test_pieces_are_equal_and_can_be_interrupted(model):
@@ -193,9 +195,8 @@ def test_pieces_are_equal_and_can_be_interrupted(model):
     cache = ConversationCache()
     result = list(stream_answer(model, PROCESSOR, inputs, stop, conversation=cache, max_new_tokens=9))[-1][1]
     assert (result["finish_reason"], result["generated_tokens"], cache.prefixes) == ("interrupted", 0, [])
-    results = [
-        list(stream_answer(model, PROCESSOR, inputs, conversation=cache, max_new_tokens=6))[-1][1] for _ in range(2)
-    ]
+    options = {"conversation": cache, "max_new_tokens": 6, "prefill_chunk_size": 7}
+    results = [list(stream_answer(model, PROCESSOR, inputs, **options))[-1][1] for _ in range(2)]
     written = PROCESSOR.decode(whole[0, inputs["input_ids"].shape[1] :])
     assert results[0]["answer"] == results[1]["answer"] == written.strip()
     assert results[0]["cached_tokens"] == 0 < results[1]["cached_tokens"]
@@ -215,7 +216,7 @@ def test_bytes_are_bounded(model):
     assert [prefix.scope for prefix in small.prefixes] == ["1", "2"] and len(small.features) == 2
     for number, towers in ((2, 0), (0, 1)):
         with tower_items(model) as seen:
-            small.prefill(model, encode(model, PROCESSOR, [user("x", image(number))]))
+            small.prefill(model, encode(model, PROCESSOR, [user("x", image(number))]), scope=str(number))
         assert seen["vision"] == towers
     none = ConversationCache(max_bytes=0, max_media_bytes=0)
     messages = [user(image(1), "what?")]
@@ -282,3 +283,39 @@ def test_wrong_inputs_are_refused(model):
     inputs = encode(model, PROCESSOR, [user("a")])
     with pytest.raises(ValueError, match="one row without padding"):
         ConversationCache().prefill(model, inputs | {"attention_mask": inputs["attention_mask"] * 0})
+    for name in ("num_beams", "num_return_sequences"):
+        with pytest.raises(OmniInputError, match=f"{name} cannot be more than 1"):
+            ConversationCache().generate(model, inputs, **{name: 2})
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_drafts_go_on_from_a_conversation(sampled):
+    """With a draft head: the answers of plain decoding, and states behind them that the next turn goes on from."""
+    letters = [i for i in TEXT if PROCESSOR.decode([i]) in ("q", "x", "z")]  # few: drafts are right now and then
+    llm = LLM | {"hybrid_override_pattern": "M*EM-*", "vocab_size": 512, "num_nextn_predict_layers": 1}
+    model = tiny_model(mels=80, llm_config=llm)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[11], pad_token_id=0, suppress_tokens=[i for i in range(512) if i not in letters]
+    )
+    cache, counts, messages = ConversationCache(), Counter(), [user(image(1), "what is it?")]
+    settings = {"max_new_tokens": 8, "do_sample": sampled}
+    for known in (0, 1, 1):
+        inputs = encode(model, PROCESSOR, messages, False)
+        ready = cache.prefill(model, inputs)
+        assert (ready.cached > 0) == known
+        torch.manual_seed(1)
+        drafted = model.generate(**generate_inputs([ready], model.device), mtp_drafts=2, mtp_counts=counts, **settings)
+        cache.finish(ready, drafted[0])
+        torch.manual_seed(1)
+        assert torch.equal(drafted, model.generate(**inputs, **settings))
+        behind = ready.kept.points[drafted.shape[1] - 1]
+        with torch.no_grad():
+            embeds = model.model.embed_multimodal(**{k: v for k, v in inputs.items() if k != "attention_mask"})
+            answer = model.get_input_embeddings()(drafted[:, inputs["input_ids"].shape[1] : -1])
+            whole = model.model(inputs_embeds=torch.cat([embeds, answer], 1), use_cache=True).past_key_values
+        for i, pair in mamba_states(whole).items():
+            for kept, expected in zip(behind[i], pair):
+                torch.testing.assert_close(kept, expected, atol=2e-4, rtol=2e-4)
+        answer = PROCESSOR.decode(drafted[0, inputs["input_ids"].shape[1] :])
+        messages = [*messages, {"role": "assistant", "content": answer}, user("and?")]
+    assert counts["accepted"] < counts["drafted"] and (counts["accepted"] > 0) >= sampled

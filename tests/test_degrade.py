@@ -17,9 +17,7 @@ from modeling_omni.sample_media import SampleMedia, plan_grids
 
 NANO = OmniProcessor.from_pretrained("nano")
 # the released sizes
-BIG = OmniProcessor(
-    OmniImageProcessor(), OmniVideoProcessor(), OmniFeatureExtractor(), NANO.tokenizer
-)  # released sizes
+BIG = OmniProcessor(OmniImageProcessor(), OmniVideoProcessor(), OmniFeatureExtractor(), NANO.tokenizer)
 SIDES = st.integers(8, 4000)
 
 
