@@ -22,15 +22,6 @@ EXAMPLES = """examples:
   python infer.py merge --adapter runs/lora/final --out merged
 """
 
-CHAT_HELP = """/image PATH, /video PATH, /audio PATH   attach to the next message
-/think on|off                           reason before the answer, or do not
-/budget N                               tokens of thought at most (-1: no limit)
-/system TEXT                            system prompt from now on (without TEXT: none)
-/clear                                  forget the conversation and what is attached
-/help, /quit                            Ctrl-C stops an answer, end of input quits
-An empty line sends attached audio as the question."""
-
-
 # ------------------------------------------------------------------------------------------------------ arguments
 
 
@@ -77,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
                        metavar="Q", help="EVS: share of video tokens to drop (default: the processor's)")  # fmt: skip
     group.add_argument("--max-media-tokens", type=positive, metavar="N",
                        help="budget of all media; pictures and frames get smaller to fit it")  # fmt: skip
+    group.add_argument("--max-prompt-tokens", type=positive, metavar="N",
+                       help="a longer prompt loses frames and pixels by rule, text and sound never (default: the "
+                       "model's context less --max-new-tokens)")  # fmt: skip
     group.add_argument("--audio-from-video", choices=("auto", "on", "off"), default="auto",
                        help="hear a video's sound: where it has any, always (else an error), never")  # fmt: skip
     group.add_argument("--allow-urls", action="store_true", help="let http(s) URLs stand for files")
@@ -128,8 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     chat = commands.add_parser(
         "chat", parents=[model, media, asking, generation, reasoning], help="a conversation in the terminal",
-        description="A conversation in the terminal.", epilog=CHAT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A conversation in the terminal; /help in it lists its commands. Media are encoded once, and the "
+        "model goes on from what it has read.",
     )  # fmt: skip
     chat.set_defaults(run=run_chat)
     for command in (ask, chat):
@@ -171,6 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
                        help="requests that may wait; more are refused (default: 64)")  # fmt: skip
     group.add_argument("--max-body-mb", type=positive, default=64, metavar="N",
                        help="size of a request and of each of its media, in MiB (default: 64)")  # fmt: skip
+    group.add_argument("--cache-mb", type=number(int, lambda n: n >= 0, "a whole number of 0 or more"), default=1024,
+                       metavar="N", help="memory for the states of conversations, and as much for media, so that a "
+                       "client's next turn goes on where it was; 0: none (default: 1024)")  # fmt: skip
     group.add_argument("--max-media", type=positive, default=64, metavar="N",
                        help="media items of a request (default: 64)")  # fmt: skip
     group.add_argument("--max-seconds", type=number(float, lambda n: 0 < n < float("inf"), "a number above 0"),
@@ -268,7 +265,7 @@ def stop_on_ctrl_c(stop: threading.Event):
         signal.signal(signal.SIGINT, before)
 
 
-def generate(model, processor, inputs: dict, options, show: bool = True) -> dict:
+def generate(model, processor, inputs: dict, options, show: bool = True, conversation=None) -> dict:
     """Streams reasoning to stderr and the answer to stdout (if `show`); the result of `stream_answer`."""
     from modeling_omni.inference import stream_answer
 
@@ -279,6 +276,7 @@ def generate(model, processor, inputs: dict, options, show: bool = True) -> dict
         inputs,
         stop,
         seed=options.seed,
+        conversation=conversation,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -312,11 +310,11 @@ def generate(model, processor, inputs: dict, options, show: bool = True) -> dict
     return result
 
 
-def check_length(model, budget: dict) -> None:
+def check_length(model, total: int) -> None:
     """A note for prompts beyond the length that the model was made for: they run, but less reliably."""
-    length, total = model.config.get_text_config().max_position_embeddings, sum(budget["tokens"].values())
+    length = model.config.get_text_config().max_position_embeddings
     if total > length:
-        note(f"note: {total} prompt tokens are more than the {length} this model was made for; see --max-media-tokens")
+        note(f"note: {total} prompt tokens are more than the {length} this model was made for; see --max-prompt-tokens")
 
 
 def check_reasoning(model, options) -> None:
@@ -328,6 +326,17 @@ def check_reasoning(model, options) -> None:
     lowered = reasoning_limits(model, limit, options.reasoning_budget, options.reasoning_grace)[2]
     if lowered:
         note(f"note: {lowered}; see --max-new-tokens")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, whose import would slow --help down
+
+
+def out_of_memory(error: Exception) -> str:
+    return (
+        f"error: out of device memory ({str(error).splitlines()[0]}); lower --max-prompt-tokens or --frames, or give "
+        "--prefill-chunk-size"
+    )
 
 
 def load_model(options):
@@ -353,10 +362,12 @@ def prompt_options(options) -> dict:
 
 
 def run_ask(options) -> int:
+    from modeling_omni.degrade import prompt_limit
     from modeling_omni.inference import (
         budget_lines,
+        default_max_new_tokens,
         default_thinking,
-        encode,
+        encode_fitting,
         media_budget,
         open_media,
         user_message,
@@ -368,22 +379,23 @@ def run_ask(options) -> int:
         messages.insert(0, {"role": "system", "content": options.system})
     model, processor = load_model(options)
     thinking = default_thinking(model) if options.think is None else options.think
-    inputs = encode(model, processor, messages, thinking, **prompt_options(options))
+    limit = prompt_limit(model, options.max_new_tokens or default_max_new_tokens(model), options.max_prompt_tokens)
+    inputs, messages, lowered = encode_fitting(model, processor, messages, limit, thinking, **prompt_options(options))
     budget = media_budget(processor, messages, inputs)
-    for line in budget_lines(budget):
+    for line in [f"lowered to fit {limit} tokens: {line}" for line in lowered] + budget_lines(budget):
         note(line)
-    check_length(model, budget)
+    check_length(model, sum(budget["tokens"].values()))
     if thinking:
         check_reasoning(model, options)
     result = generate(model, processor, inputs, options, show=not options.json)
     if options.json:
-        about = {"thinking": thinking, "model": options.model}
+        about = {"thinking": thinking, "model": options.model} | ({"degraded": lowered} if lowered else {})
         print(json.dumps({**result, **budget, **about}), flush=True)
     return 130 if result["finish_reason"] == "interrupted" else 0
 
 
 def run_chat(options) -> int:
-    from modeling_omni.inference import open_media
+    from modeling_omni.chat import Chat
     from modeling_omni.media import OmniInputError
 
     model, processor = load_model(options)
@@ -393,75 +405,43 @@ def run_chat(options) -> int:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history of input()
         note("/help lists the commands; end of input quits")
-    chat = {"messages": [], "attached": [], "system": options.system, "think": options.think}
-    while True:
-        said, line = len(chat["messages"]), ""
+    chat = Chat(
+        model, processor, options.system, options.think, options.reasoning_budget, options.max_new_tokens,
+        options.max_prompt_tokens, media_options(options), prompt_options(options),
+    )  # fmt: skip
+    while not chat.over:
+        turns, line = chat.turns, ""
         try:
             try:
                 line = input("> " if interactive else "")
             except EOFError:
                 return 0
-            command, _, rest = line.partition(" ")
-            rest = rest.strip()
-            if command in ("/image", "/video", "/audio"):
-                path = rest[1:-1] if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "'\"" else rest
-                path = os.path.expanduser(path)
-                chat["attached"].append(open_media(command[1:], path, **media_options(options)))
-                note(f"attached {command[1:]} {chat['attached'][-1]['name']}")
-            elif command == "/think":
-                if rest not in ("on", "off"):
-                    raise OmniInputError("write /think on or /think off")
-                chat["think"] = rest == "on"
-                note(f"thinking {rest}")
-            elif command == "/budget":
-                try:
-                    options.reasoning_budget = int(rest)
-                except ValueError:
-                    raise OmniInputError("write /budget and a number of tokens (-1: no limit)") from None
-                note(f"reasoning budget {rest if options.reasoning_budget >= 0 else 'unlimited'}")
+            notes, messages = chat.take(line)
+            for text in notes:
+                note(text)
+            options.reasoning_budget = chat.reasoning_budget
+            if line.startswith("/budget"):
                 check_reasoning(model, options)
-            elif command == "/system":
-                chat["system"] = rest or None
-                note("system prompt set" if rest else "no system prompt")
-            elif command == "/clear":
-                chat |= {"messages": [], "attached": []}
-                note("conversation forgotten")
-            elif command == "/help":
-                note(CHAT_HELP)
-            elif command in ("/quit", "/exit"):
-                return 0
-            elif command.startswith("/"):
-                raise OmniInputError(f"unknown command {command}; /help lists them, a blank in front sends it as text")
-            elif line.strip() or chat["attached"]:
-                chat_turn(model, processor, chat, line.strip(), options)
+            if messages is not None:
+                turn = chat.prepare(messages)
+                for text in turn.notes:
+                    note(text)
+                check_length(model, turn.total)
+                result = generate(model, processor, turn.inputs, options, conversation=chat.cache)
+                note(chat.answered(turn, result), dim=True)
         except OmniInputError as error:
             note(f"error: {error}")
         except KeyboardInterrupt:
-            if line and len(chat["messages"]) == said:
+            if line and chat.turns == turns:
                 note("\n(stopped; this message was not sent)")
             else:  # at the prompt, or between the answer and the prompt
                 note("\n/quit leaves")
-
-
-def chat_turn(model, processor, chat: dict, text: str, options) -> None:
-    """One message and its answer; `chat` changes only when the model has answered, if only in part."""
-    from modeling_omni.inference import budget_lines, encode, media_budget, user_message
-
-    messages = [*chat["messages"], user_message(text, chat["attached"])]
-    prompt = [{"role": "system", "content": chat["system"]}] * bool(chat["system"]) + messages
-    inputs = encode(model, processor, prompt, chat["think"], **prompt_options(options))
-    budget = media_budget(processor, prompt, inputs)
-    lines = budget_lines(budget)
-    new = sum(1 + (part["type"] == "video" and part["video"].audio is not None) for part in chat["attached"])
-    for line in lines[len(lines) - new :]:  # media of earlier turns are in the sum, but known
-        note(line)
-    check_length(model, budget)
-    result = generate(model, processor, inputs, options)
-    answer = {"role": "assistant", "content": result["answer"], "reasoning_content": result["reasoning"]}
-    chat |= {"messages": [*messages, answer], "attached": []}
-    stopped = "stopped; " if result["finish_reason"] == "interrupted" else ""
-    tokens = lines[0].removeprefix("tokens: ")
-    note(f"({stopped}prompt {tokens}; answer {result['generated_tokens']} tokens, {result['seconds']:.1f} s)", dim=True)
+        except Exception as error:  # the conversation outlives a message that is too large
+            if not is_out_of_memory(error):
+                raise
+            chat.cache.clear()
+            note(out_of_memory(error) + "; the message was not sent, what was said before is kept")
+    return 0
 
 
 def run_batch(options) -> int:
@@ -473,7 +453,7 @@ def run_batch(options) -> int:
     model, processor = load_model(options)
     check_reasoning(model, options)
     names = ("batch_tokens", "batch_size", "workers", "retry_errors", "system", "seed", "max_new_tokens")
-    names += ("prefill_chunk_size", "temperature", "top_p", "reasoning_budget", "reasoning_grace")
+    names += ("prefill_chunk_size", "temperature", "top_p", "reasoning_budget", "reasoning_grace", "max_prompt_tokens")
     summary = run_batch(
         model, processor, options.source, options.out, progress=sys.stderr.isatty(), thinking=options.think,
         video_sound=options.audio_from_video, encode_options=prompt_options(options) | sampling,
@@ -499,13 +479,13 @@ def run_serve(options) -> int:
         limits.max_body_bytes = limits.media.max_bytes = limits.media.max_url_bytes = options.max_body_mb * 1024**2
         limits.media.allow_urls = options.allow_urls
         names = ("temperature", "top_p", "reasoning_budget", "reasoning_grace", "fps", "video_pruning_rate")
-        defaults = {name: getattr(options, name) for name in (*names, "max_media_tokens")}
+        defaults = {name: getattr(options, name) for name in (*names, "max_media_tokens", "max_prompt_tokens")}
         defaults |= {"thinking": options.think, "num_frames": options.frames}
         defaults["use_audio_in_video"] = False if options.audio_from_video == "off" else None
         server = Server(
             model, processor, options.name or options.model, limits, key,
             hosts=LOOPBACK if options.host in LOOPBACK else None, defaults=defaults,
-            prefill_chunk_size=options.prefill_chunk_size,
+            prefill_chunk_size=options.prefill_chunk_size, cache_bytes=options.cache_mb * 1024**2,
         )  # fmt: skip
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
@@ -554,10 +534,9 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, whose import would slow --help down
+        if not is_out_of_memory(error):
             raise
-        note(f"error: out of device memory ({str(error).splitlines()[0]}); lower --max-media-tokens or --frames, or "
-             "give --prefill-chunk-size")  # fmt: skip
+        note(out_of_memory(error))
         return 1
 
 

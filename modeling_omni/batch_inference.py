@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 
 from .data import JsonlRows
 from .data_adapters import adapt_row
+from .degrade import prompt_limit
 from .generation_rows import Row, generate_or_split, row_settings, row_text
-from .inference import KINDS, default_max_new_tokens, encode, token_counts
+from .inference import KINDS, default_max_new_tokens, encode_fitting, token_counts
 from .media import OmniInputError
 
 BATCH_TOKENS = 32_768
@@ -38,7 +39,7 @@ class Prepared:
     """A row of the file on its way: either `row` or `error`."""
 
     key: str
-    about: dict  # "id", and "meta" where the row has it
+    about: dict  # "id", "meta" where the row has it, "degraded" where media were lowered
     row: Row | None = None
     tokens: dict | None = None
     error: Exception | None = None
@@ -231,6 +232,7 @@ def run_batch(
     max_new_tokens: int | None = None,
     prefill_chunk_size: int | None = None,
     video_sound: str = "auto",
+    max_prompt_tokens: int | None = None,
     encode_options: dict | None = None,
     request: Callable[..., tuple[list[dict], list | None]] = request_of,
     describe: Callable[[dict], dict] | None = None,
@@ -246,6 +248,8 @@ def run_batch(
         retry_errors: rows with an error so far are tried again, and their old lines removed.
         thinking: None takes the checkpoint's default. system: for rows without a system message.
         video_sound: of `request_of`.
+        max_prompt_tokens: of `prompt_limit`; pictures and videos of longer prompts are lowered, which the row's result
+            tells under "degraded".
         encode_options: of `encode` and `apply_chat_template`. settings: of `row_settings`.
         request: what reads a row, in place of `request_of`, with its arguments and its result.
         describe: encoded inputs -> what else the row's line says.
@@ -278,7 +282,11 @@ def run_batch(
             if isinstance(content, dict) and "meta" in content:
                 item.about["meta"] = content["meta"]
             messages, tools = request(content, folder, system, video_sound)
-            inputs = encode(model, processor, messages, thinking, device="cpu", tools=tools, **(encode_options or {}))
+            inputs, _, lowered = encode_fitting(
+                model, processor, messages, prompt_limit(model, limit, max_prompt_tokens), thinking, device="cpu",
+                tools=tools, **(encode_options or {}),
+            )  # fmt: skip
+            item.about |= {"degraded": lowered} if lowered else {}
             if describe is not None:
                 item.about |= describe(inputs)
             own = row_settings(model, limit, seed=seed_of(seed, item.key), **settings)[0]

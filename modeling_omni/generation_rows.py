@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor
 
+from .conversation import ConversationCache, end_tokens, generate_inputs
 from .inference import AnswerSplitter, opens_thought, suppressed_tokens
 from .processing_omni import OmniProcessor
 from .reasoning_budget import ReasoningBudget, reasoning_limits
@@ -76,6 +77,8 @@ class Row:
         tokens: what was generated.
         finish_reason: "stop", "length" or "interrupted"; None while the row runs, or where `error` says why not.
         thought_cut: the budget ended the thought.
+        scope: whose prefixes of a `ConversationCache` it may go on from.
+        cached_tokens: of the prompt, that came from there.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -92,6 +95,8 @@ class Row:
     finish_reason: str | None = None
     thought_cut: bool = False
     error: Exception | None = None
+    scope: str = ""
+    cached_tokens: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -176,16 +181,28 @@ class RowSampler(LogitsProcessor):
         return scores
 
 
-def end_tokens(model) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+def generate_rows(
+    model,
+    processor: OmniProcessor,
+    rows: list[Row],
+    prefill_chunk_size: int | None = None,
+    conversations: ConversationCache | None = None,
+) -> None:
+    """Runs the rows as one batch until each has ended; fills `tokens`, `finish_reason` and `thought_cut`.
 
-
-def generate_rows(model, processor: OmniProcessor, rows: list[Row], prefill_chunk_size: int | None = None) -> None:
-    """Runs the rows as one batch until each has ended; fills `tokens`, `finish_reason` and `thought_cut`."""
+    With `conversations` every prompt is read on its own, from where an earlier one is known; then all decode as one
+    batch. The point behind the answer is kept for a row that runs alone: in a batch, the first row to end is fed on.
+    """
     pad = processor.tokenizer.pad_token_id or 0
-    batch = collate_prompts([row.inputs for row in rows], pad)
-    batch = {name: value.to(model.device) for name, value in batch.items()}
+    ready = []
+    if conversations is None:
+        batch = collate_prompts([row.inputs for row in rows], pad)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+    else:
+        for row in rows:
+            ready.append(conversations.prefill(model, row.inputs, prefill_chunk_size, row.scope))
+            row.cached_tokens = ready[-1].cached
+        batch = generate_inputs(ready, model.device, model.config.llm_config, pad)
     prompt_ids, ends = batch["input_ids"], end_tokens(model)
     processors = []
     if any(row.budget is not None for row in rows):
@@ -211,12 +228,20 @@ def generate_rows(model, processor: OmniProcessor, rows: list[Row], prefill_chun
         stopping_criteria=[finished],
         **options,
     )
+    if len(ready) == 1:
+        conversations.finish(ready[0], sequences[0])
     if len(processors) > 1:
         for row, forced in zip(rows, processors[0].forced_mask(sequences, list(ends)).tolist()):
             row.thought_cut = any(forced[: len(row.tokens)])
 
 
-def generate_or_split(model, processor: OmniProcessor, rows: list[Row], prefill_chunk_size: int | None = None) -> None:
+def generate_or_split(
+    model,
+    processor: OmniProcessor,
+    rows: list[Row],
+    prefill_chunk_size: int | None = None,
+    conversations: ConversationCache | None = None,
+) -> None:
     """`generate_rows`; a batch that fails is tried again in halves, so that one bad row, or too little memory for all,
     costs no other row. Where nothing helps, `error` of the row says why. Rows whose tokens were given out are not begun
     anew.
@@ -226,13 +251,16 @@ def generate_or_split(model, processor: OmniProcessor, rows: list[Row], prefill_
         rows = pending.pop()
         failure = None
         try:
-            generate_rows(model, processor, rows, prefill_chunk_size)
+            generate_rows(model, processor, rows, prefill_chunk_size, conversations)
         except Exception as error:
             failure = error.with_traceback(None)  # the frames hold the batch
         if failure is None:
             continue
-        if type(failure).__name__ == "OutOfMemoryError" and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if type(failure).__name__ == "OutOfMemoryError":
+            if conversations is not None:
+                conversations.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         logger.warning("a batch of %d failed: %s: %s", len(rows), type(failure).__name__, str(failure)[:500])
         left = [row for row in rows if row.finish_reason is None]
         again = [row for row in left if row.on_token is None or not row.tokens]

@@ -237,18 +237,24 @@ class OmniImageProcessor(BaseImageProcessor):
             budget = min(budget, max(context, self.min_num_patches * num_images))
         return max(budget, self.min_num_patches)
 
-    def grid(self, height: int, width: int, num_images: int = 1, scale: float = 1.0) -> tuple[int, int]:
-        """Patch grid (h, w) of an image among `num_images`; `scale` < 1 shrinks it to that share of its patches."""
+    def grid(
+        self, height: int, width: int, num_images: int = 1, scale: float = 1.0, max_patches: int | None = None
+    ) -> tuple[int, int]:
+        """Patch grid (h, w) of an image among `num_images`; `scale` < 1 shrinks it to that share of its patches, of
+        which it has no more than `max_patches` to begin with."""
         budget, floor = self.patch_budget(num_images), self.min_num_patches
         h, w = image_grid(height, width, budget, floor, self.patch_size, self.merge_size)
-        if scale < 1.0:
-            budget = min(h * w, max(MIN_BUDGET_PATCHES, int(scale * h * w)))
+        limit = int(scale * min(h * w, h * w if max_patches is None else max_patches))
+        if limit < h * w:
+            budget = min(h * w, max(MIN_BUDGET_PATCHES, limit))
             h, w = image_grid(height, width, budget, min(floor, budget), self.patch_size, self.merge_size)
         return h, w
 
-    def num_tokens(self, height: int, width: int, num_images: int = 1, scale: float = 1.0) -> int:
+    def num_tokens(
+        self, height: int, width: int, num_images: int = 1, scale: float = 1.0, max_patches: int | None = None
+    ) -> int:
         """Language-model tokens of an image of that many pixels, known before anything is encoded."""
-        h, w = self.grid(height, width, num_images, scale)
+        h, w = self.grid(height, width, num_images, scale, max_patches)
         return h * w // self.merge_size**2
 
     def patches(self, images: Sequence[tuple[np.ndarray, int, int]]) -> torch.Tensor:

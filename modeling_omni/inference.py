@@ -16,6 +16,8 @@ from transformers import set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
+from .conversation import ConversationCache, Interrupted, end_tokens, generate_inputs
+from .degrade import fit_request
 from .feature_extraction_omni import clip_token_count
 from .media import MediaLimits, OmniInputError, load_audio, load_image, load_video
 from .modeling_omni import OmniForConditionalGeneration
@@ -161,6 +163,29 @@ def encode(
         **options,
     )
     return {name: value.to(model.device if device is None else device) for name, value in inputs.items()}
+
+
+def encode_fitting(
+    model,
+    processor: OmniProcessor,
+    messages: list[dict],
+    max_prompt_tokens: int,
+    thinking: bool | None = None,
+    target: int | None = None,
+    device: torch.device | str | None = None,
+    **options,
+) -> tuple[dict[str, torch.Tensor], list[dict], list[str]]:
+    """`encode`, but a prompt of more than `max_prompt_tokens` loses frames and pixels by rule (see `fit_request`).
+
+    Returns:
+        inputs; the messages, their media decoded and lowered as far as needed; what was lowered, one line an item.
+
+    Raises:
+        PromptTooLong: text and sound, which are never cut, do not fit.
+    """
+    thinking = default_thinking(model) if thinking is None else thinking
+    messages, notes = fit_request(processor, messages, max_prompt_tokens, target, enable_thinking=thinking, **options)
+    return encode(model, processor, messages, thinking, device=device, **options), messages, notes
 
 
 def token_counts(inputs: dict) -> dict[str, int]:
@@ -385,6 +410,7 @@ def stream_answer(
     inputs: dict,
     stop: threading.Event | None = None,
     seed: int | None = None,
+    conversation: ConversationCache | None = None,
     **options,
 ) -> Iterator[tuple[str, str | dict]]:
     """Generates in a thread of its own and yields text as it comes.
@@ -393,19 +419,21 @@ def stream_answer(
         inputs: from `encode` or `apply_chat_template`, one conversation.
         stop: set it, from anywhere, to end the generation at the next token. Closing the iterator does the same.
         seed: of the sampling.
+        conversation: goes on from what is known of earlier prompts, and keeps this one.
         options: of `generation_options`.
 
     Yields:
         ("reasoning", text) and ("answer", text) pieces, then once ("end", result) with "answer", "reasoning" (all the
         pieces), "generated_tokens", "seconds" (towers, prefill and decoding), "first_token_seconds" (None without a
         token) and "finish_reason": "stop" (the model ended), "length" (max_new_tokens) or "interrupted". With a
-        reasoning budget also "reasoning_budget" and "thought_cut": whether it ended the thought.
+        reasoning budget also "reasoning_budget" and "thought_cut": whether it ended the thought. With a conversation
+        also "cached_tokens": of the prompt, that were not read again.
     """
     thinking = opens_thought(processor, inputs["input_ids"])
     stop = stop or threading.Event()
     options = generation_options(model, processor, prompt_ids=inputs["input_ids"], **options)
     budgets = options.get("logits_processor", ())
-    streamer, generated, times = TokenQueue(), [], []
+    streamer, generated, times, cached = TokenQueue(), [], [], []
     started = time.monotonic()
 
     def stop_asked(input_ids, scores, **kwargs):
@@ -415,7 +443,17 @@ def stream_answer(
         try:
             if seed is not None:
                 set_seed(seed)
-            model.generate(**inputs, **options, streamer=streamer, stopping_criteria=[stop_asked])
+            prompt, ready = inputs, None
+            if conversation is not None:
+                chunk = options.get("prefill_chunk_size")
+                ready = conversation.prefill(model, inputs, chunk, stopped=stop.is_set)
+                cached.append(ready.cached)
+                prompt = generate_inputs([ready], model.device)
+            ids = model.generate(**prompt, **options, streamer=streamer, stopping_criteria=[stop_asked])
+            if ready is not None:
+                conversation.finish(ready, ids[0])
+            streamer.queue.put(None)
+        except Interrupted:
             streamer.queue.put(None)
         except BaseException as error:  # raised again in the caller's thread
             streamer.queue.put(error)
@@ -435,13 +473,14 @@ def stream_answer(
         for section, text in split_tokens(processor, tokens(), thinking):
             texts[section] += text
             yield section, text
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends = sorted(end_tokens(model))
         reason = "length" if len(generated) >= options["max_new_tokens"] else "interrupted"
         for budget in budgets:
             ids = torch.cat([inputs["input_ids"].cpu(), torch.tensor([generated], dtype=torch.long)], 1)
             cut = bool(budget.forced_mask(ids.to(inputs["input_ids"].device), ends).any())
             texts |= {"reasoning_budget": int(budget.budget_B[0]), "thought_cut": cut}
+        if conversation is not None:
+            texts["cached_tokens"] = cached[0] if cached else 0
         yield (
             "end",
             texts
@@ -463,6 +502,7 @@ __all__ = [
     "default_max_new_tokens",
     "default_thinking",
     "encode",
+    "encode_fitting",
     "generation_options",
     "load",
     "media_budget",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .degrade import PromptTooLong
 from .generation_rows import row_settings
-from .inference import default_max_new_tokens, default_thinking, encode, token_counts
+from .inference import default_max_new_tokens, default_thinking, encode_fitting, token_counts
 
 MAX_STOPS, MAX_STOP_CHARACTERS, MAX_TOOLS = 16, 256, 256
 # fields that change nothing for the answer of a server like this one
@@ -62,7 +63,8 @@ class Asked:
 
     Attributes:
         inputs: of the model, one conversation. counts: its tokens by modality.
-        settings: of a `Row`. thinking: the prompt opens a thought.
+        settings: of a `Row`. thinking: the prompt opens a thought. degraded: what was lowered so that the
+            request fits, one line per medium.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -74,6 +76,7 @@ class Asked:
     include_usage: bool
     user: str
     id: str
+    degraded: list[str]
     thinking: bool = False
 
 
@@ -129,18 +132,26 @@ def read_request(server, body: bytes) -> Asked:
     options = template | read_media_options(body, server)
     options |= {"media_limits": server.limits.media, "tools": tools or None}
     context = server.limits.context
-    inputs = encode(server.model, server.processor, messages, thinking, device="cpu", **options)
-    total, new = inputs["input_ids"].shape[1], settings["max_new_tokens"]
-    if total >= context or (asked_length and total + new > context):
-        raise RequestError(f"the prompt has {total} tokens, the answer may have {new} and the context is {context}; "
-                           "shorten the conversation or ask for fewer tokens", param="messages",
-                           code="context_length_exceeded")  # fmt: skip
+    new, most = settings["max_new_tokens"], server.defaults.get("max_prompt_tokens") or context
+    # an answer of no given length takes what the prompt leaves
+    for limit in dict.fromkeys(min(most, context - kept) for kept in ((new,) if asked_length else (new, 1))):
+        try:
+            inputs, _, degraded = encode_fitting(
+                server.model, server.processor, messages, limit, thinking, device="cpu", **options
+            )
+            break
+        except PromptTooLong as error:
+            problem = error
+    else:
+        raise RequestError(f"the context is {context} tokens and the answer may have {new}: {problem}",
+                           param="messages", code="context_length_exceeded")  # fmt: skip
+    total = inputs["input_ids"].shape[1]
     if total + new > context:
         settings = read_settings(body, server, context - total)[0]
     return Asked(
         inputs, token_counts(inputs), settings, read_stops(body), tools, stream,
         bool(stream_options.get("include_usage")),
-        (take(body, "user", str, expected="text") or "")[:200], f"chatcmpl-{secrets.token_hex(12)}",
+        (take(body, "user", str, expected="text") or "")[:200], f"chatcmpl-{secrets.token_hex(12)}", degraded,
     )  # fmt: skip
 
 

@@ -28,13 +28,9 @@ from transformers import (
 from .call_inputs import AS_LIST, CallOptions, check_pruning_rate, share_out, split_options, with_metadata
 from .configuration_omni import TYPE_AUDIO, TYPE_IMAGE, TYPE_TEXT, TYPE_VIDEO, OmniConfig, resolve_checkpoint
 from .evs import kept_tokens
-from .feature_extraction_omni import OmniFeatureExtractor, num_audio_tokens
-from .image_processing_omni import (
-    NemotronH_Nano_Omni_Reasoning_V3ImageProcessor,
-    OmniImageProcessor,
-    fit_media_budget,
-)
-from .media import OmniInputError, VideoClip, load_audio, load_image, load_video
+from .feature_extraction_omni import OmniFeatureExtractor
+from .image_processing_omni import NemotronH_Nano_Omni_Reasoning_V3ImageProcessor, OmniImageProcessor
+from .media import OmniInputError
 from .prompt_omni import (
     AUDIO,
     IMAGE,
@@ -44,25 +40,13 @@ from .prompt_omni import (
     check_encodable,
     default_chat_template,
     escape_tree,
-    media_source,
     prepare_messages,
     tool_schemas,
 )
+from .sample_media import SampleMedia, audio_tokens, load_media, pruning_rate
 from .video_processing_omni import OmniVideoProcessor, frame_labels, tubelet_audio_counts
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SampleMedia:
-    """Media of one sample in order of appearance, with what was planned for them."""
-
-    images: list = field(default_factory=list)  # uint8 [H, W, 3]
-    videos: list[VideoClip] = field(default_factory=list)
-    audios: list = field(default_factory=list)  # float32 [L]; sounds of videos apart
-    sounds: list = field(default_factory=list)  # of each video: float32 [L] or None
-    image_grids: list[tuple[int, int]] = field(default_factory=list)  # (h, w)
-    video_grids: list[tuple[int, int, int]] = field(default_factory=list)  # (t, h, w)
 
 
 @dataclass
@@ -222,7 +206,7 @@ class OmniProcessor(ProcessorMixin):
             places = [piece.count(("special", sentinel)) for piece in pieces]
             for sample_parts, sample_items in zip(parts, share_out(kind, items, places), strict=True):
                 sample_parts += [(kind, {kind: item}) for item in sample_items]
-        return self._encode_batch(pieces, [self._load(sample_parts, options) for sample_parts in parts], options)
+        return self._encode_batch(pieces, [load_media(self, sample_parts, options) for sample_parts in parts], options)
 
     def apply_chat_template(
         self,
@@ -246,7 +230,8 @@ class OmniProcessor(ProcessorMixin):
             conversation: messages {"role", "content"}; content is a string or parts {"type": "text" | "image" |
                 "video" | "audio"} with "text" or a source under "path", "url", "bytes", "array" or the type's own name.
                 Parts follow each other without a separator. Video parts may carry "audio" ("auto" | "on" | "off"),
-                "start", "end", "fps", "num_frames", "max_frames" (never more than the call's). Assistant
+                "start", "end", "fps", "num_frames", "max_frames" (never more than the call's), image and video parts
+                "max_patches" (of the image, or of a frame: resolution gives way, not the aspect ratio). Assistant
                 messages may carry `reasoning_content` and `tool_calls`, or begin with a `<think>...</think>` block.
             chat_template (`str`, *optional*): another template, or the name of one of several.
             tools: JSON schemas or documented functions.
@@ -311,7 +296,7 @@ class OmniProcessor(ProcessorMixin):
         if not tokenize:
             prompts = [self.codec.to_prompt(string) for string in rendered]
             return prompts if is_batch else prompts[0]
-        media = [self._load(sample_parts, options) for sample_parts in parts]
+        media = [load_media(self, sample_parts, options) for sample_parts in parts]
         output = self._encode_batch([self.codec.split_rendered(string) for string in rendered], media, options)
         return output if return_dict or options.count_only else output["input_ids"]
 
@@ -333,57 +318,6 @@ class OmniProcessor(ProcessorMixin):
                 raise OmniInputError(f"no chat template is named {chat_template!r}; known: {', '.join(templates)}")
             return templates.get(chat_template, chat_template)
         return chat_template or templates
-
-    # ---------------------------------------------------------------------------------------------- media
-
-    def _load(self, parts: list[tuple[str, dict]], options: CallOptions) -> SampleMedia:
-        """Decodes the media of one sample and plans their grids."""
-        media = SampleMedia()
-        limits = options.media_limits
-        for kind, part in parts:
-            source = media_source(kind, part)
-            if kind == "image":
-                media.images.append(load_image(source, limits))
-            elif kind == "audio":
-                rate = options.sampling_rate or self.feature_extractor.sampling_rate
-                media.audios.append(load_audio(source, self.feature_extractor.sampling_rate, limits, rate))
-            else:
-                sound = "off" if options.use_audio_in_video is False else part.get("audio", "auto")
-                choice = {
-                    key: getattr(options, key, None) if part.get(key) is None else part[key]
-                    for key in ("num_frames", "fps", "max_frames", "start", "end")
-                }
-                caps = [cap for cap in (choice["max_frames"], options.max_frames) if cap is not None]
-                choice["max_frames"] = min(caps, default=None)  # a part may ask for fewer frames, never for more
-                clip = load_video(source, audio=sound, limits=limits, **choice)
-                media.videos.append(clip)
-                media.sounds.append(None if sound == "off" else clip.audio)
-        if media.images or media.videos:
-            self._plan_grids(media, options)
-        return media
-
-    def _plan_grids(self, media: SampleMedia, options: CallOptions) -> None:
-        images = [image.shape[:2] for image in media.images]
-        videos = [clip.frames.shape[:3] for clip in media.videos]
-        rate, count, target = self._pruning_rate(options), len(images), options.video_target_num_patches
-        budget = options.max_media_tokens
-        scale = 1.0
-        if budget is not None:
-            sounds = [*media.audios, *(sound for sound in media.sounds if sound is not None)]
-            budget -= sum(self._audio_tokens(sound) for sound in sounds)
-            tokens_at = [lambda s, size=size: self.image_processor.num_tokens(*size, count, s) for size in images]
-            count_video = self.video_processor.num_tokens
-            tokens_at += [lambda s, size=size: count_video(*size, rate, s, target) for size in videos]
-            scale = fit_media_budget(tokens_at, budget)
-        media.image_grids = [self.image_processor.grid(*size, count, scale) for size in images]
-        media.video_grids = [self.video_processor.grid(*size, scale, target) for size in videos]
-
-    def _pruning_rate(self, options: CallOptions) -> float:
-        return self.video_pruning_rate if options.video_pruning_rate is None else options.video_pruning_rate
-
-    def _audio_tokens(self, waveform) -> int:
-        extractor = self.feature_extractor
-        return num_audio_tokens(len(waveform), extractor.clip_samples, extractor.min_clip_samples, extractor.hop_length)
 
     # ---------------------------------------------------------------------------------------------- expansion
 
@@ -424,7 +358,7 @@ class OmniProcessor(ProcessorMixin):
                     run("<img>", TYPE_IMAGE, self.image_token_id, tokens, "</img>")
                 elif value == AUDIO and i < len(media.audios):
                     sample.waveforms.append(media.audios[i])
-                    tokens = self._audio_tokens(media.audios[i])
+                    tokens = audio_tokens(self, media.audios[i])
                     run("<so_start>", TYPE_AUDIO, self.audio_token_id, tokens, "<so_end>")
                 elif value == VIDEO and i < len(media.videos):
                     self._expand_video(media, i, rate, text, run, sample)
@@ -448,7 +382,7 @@ class OmniProcessor(ProcessorMixin):
         sound_tokens = [0] * t
         if sound is not None:
             sample.waveforms.append(sound)
-            total = self._audio_tokens(sound)
+            total = audio_tokens(self, sound)
             sound_tokens[-1] = total
             if self.audio_in_video == "interleave":
                 sound_tokens = tubelet_audio_counts(clip, total, clip.start, size)
@@ -459,7 +393,7 @@ class OmniProcessor(ProcessorMixin):
                 run("<so_start>", TYPE_AUDIO, self.audio_token_id, sound_tokens[k], "<so_end>")
 
     def _encode_batch(self, pieces: list, media: list[SampleMedia], options: CallOptions):
-        rate = self._pruning_rate(options)
+        rate = pruning_rate(self, options)
         samples = [self._expand(*pair, rate, i) for i, pair in enumerate(zip(pieces, media, strict=True))]
         if options.count_only:
             return [

@@ -265,8 +265,7 @@ def _content(content, index: int, role: str, loose: dict[str, list], parts: list
     pieces = []
     for part in content:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
-        kind = part.get("type") if isinstance(part, dict) else None
-        kind = str(kind).removeprefix("input_").removesuffix("_url")
+        kind = part_kind(part)
         if kind == "text":
             text = part.get("text")
             if not isinstance(text, str):
@@ -283,6 +282,25 @@ def _content(content, index: int, role: str, loose: dict[str, list], parts: list
                 "use text, image, video or audio"
             )
     return "".join(pieces)
+
+
+def part_kind(part) -> str:
+    """What a part is, however its type is spelt ("image", "image_url", "input_audio", ...)."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    return str(kind).removeprefix("input_").removesuffix("_url")
+
+
+def replace_media(messages: list[dict], parts: list[dict]) -> list[dict]:
+    """Messages that `prepare_messages` takes, with other media parts in the places of theirs, in order."""
+    rest, replaced = iter(parts), []
+    for message in messages:
+        content = message.get("content")
+        content = [content] if isinstance(content, dict) else content
+        if isinstance(content, (list, tuple)) and (message["role"] != "tool" or _is_part_list(message["content"])):
+            content = [next(rest) if part_kind(part) in SENTINELS else part for part in content]
+            message = {**message, "content": content}
+        replaced.append(message)
+    return replaced
 
 
 def _is_part_list(content) -> bool:

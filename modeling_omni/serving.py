@@ -114,7 +114,7 @@ class Generation:
         self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Queue()
         self.left = threading.Event()  # nobody waits for this row any more
         self.completion_tokens = self.reasoning_tokens = 0
-        self.row = Row(asked.inputs, **asked.settings, on_token=self._on_token, stopped=self._stopped)
+        self.row = Row(asked.inputs, **asked.settings, on_token=self._on_token, stopped=self._stopped, scope=client)
 
     def _stopped(self) -> bool:
         return self.left.is_set() or time.monotonic() > self.deadline
@@ -196,7 +196,7 @@ class Generation:
             "prompt_tokens": prompt,
             "completion_tokens": self.completion_tokens,
             "total_tokens": prompt + self.completion_tokens,
-            "prompt_tokens_details": details | {"cached_tokens": 0},
+            "prompt_tokens_details": details | {"cached_tokens": self.row.cached_tokens},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
@@ -214,6 +214,7 @@ class Server:
         hosts: tuple[str, ...] | None = LOOPBACK,
         defaults: dict | None = None,
         prefill_chunk_size: int | None = None,
+        cache_bytes: int = 0,
     ):
         self.model, self.processor, self.name, self.limits = model, processor, name, limits or ServerLimits()
         self.api_key, self.hosts, self.defaults = api_key, hosts, defaults or {}
@@ -222,7 +223,7 @@ class Server:
         if limits.context is None:
             limits.context = model.config.get_text_config().max_position_embeddings
         self.queue = ServingQueue(
-            model, processor, limits.max_batch, limits.batch_tokens, limits.max_waiting, prefill_chunk_size
+            model, processor, limits.max_batch, limits.batch_tokens, limits.max_waiting, prefill_chunk_size, cache_bytes
         )
         self.encoding = asyncio.Semaphore(limits.encoders)
         routes = [
@@ -374,7 +375,9 @@ class ChatCompletions:
             await asyncio.gather(work, leaves, return_exceptions=True)
 
     def head(self, generation: Generation, kind: str) -> dict:
-        return {"id": generation.asked.id, "object": kind, "created": int(time.time()), "model": self.server.name}
+        asked = generation.asked
+        head = {"id": asked.id, "object": kind, "created": int(time.time()), "model": self.server.name}
+        return head | ({"degraded": asked.degraded} if asked.degraded else {})
 
     async def whole(self, generation: Generation, scope, receive, send) -> None:
         texts, calls, finish_reason = {"answer": "", "reasoning": ""}, [], None

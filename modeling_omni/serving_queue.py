@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+from .conversation import ConversationCache
 from .generation_rows import Row, generate_or_split
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class ServingQueue:
         max_batch: rows of a batch. batch_tokens: rows x (longest prompt + longest answer), at most; one row alone may
             have more.
         max_waiting: rows that wait, of all clients together.
+        cache_bytes: for states of conversations, and as much for features of media (see `ConversationCache`); 0: none.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class ServingQueue:
         batch_tokens: int = 65_536,
         max_waiting: int = 64,
         prefill_chunk_size: int | None = None,
+        cache_bytes: int = 0,
     ):
+        self.conversations = ConversationCache(cache_bytes, cache_bytes) if cache_bytes else None
         self.model, self.processor, self.prefill_chunk_size = model, processor, prefill_chunk_size
         self.max_batch, self.batch_tokens, self.max_waiting = max_batch, batch_tokens, max_waiting
         self.clients: OrderedDict[str, deque[tuple[Row, Callable]]] = OrderedDict()
@@ -104,7 +108,7 @@ class ServingQueue:
                 row.stopped = self._or_closed(row.stopped)
             self.batches += 1
             try:
-                generate_or_split(self.model, self.processor, rows, self.prefill_chunk_size)
+                generate_or_split(self.model, self.processor, rows, self.prefill_chunk_size, self.conversations)
             except BaseException as error:  # the thread must outlive whatever happens to a batch
                 logger.exception("a batch failed")
                 for row in rows:

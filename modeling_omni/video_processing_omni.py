@@ -160,16 +160,24 @@ class OmniVideoProcessor(VideoProcessorMixin):
         return round(1 / self.downsample_ratio)
 
     def grid(
-        self, num_frames: int, height: int, width: int, scale: float = 1.0, target_patches: int | None = None
+        self,
+        num_frames: int,
+        height: int,
+        width: int,
+        scale: float = 1.0,
+        target_patches: int | None = None,
+        max_patches: int | None = None,
     ) -> tuple[int, int, int]:
-        """(t, h, w) of a video; `scale` < 1 shrinks every frame to that share of its patches.
+        """(t, h, w) of a video; `scale` < 1 shrinks every frame to that share of its patches, of which it has no more
+        than `max_patches` to begin with.
 
         `target_patches` stands in for `video_target_num_patches` for this video.
         """
         target = self.video_target_num_patches if target_patches is None else target_patches
         h, w = video_grid(height, width, target, self.video_maintain_aspect_ratio, self.merge_size)
-        if scale < 1.0:
-            target = min(h * w, max(MIN_BUDGET_PATCHES, int(scale * h * w)))
+        limit = int(scale * min(h * w, h * w if max_patches is None else max_patches))
+        if limit < h * w:
+            target = min(h * w, max(MIN_BUDGET_PATCHES, limit))
             h, w = video_grid(height, width, target, self.video_maintain_aspect_ratio, self.merge_size)
         return num_tubelets(num_frames, self.video_temporal_patch_size), h, w
 
@@ -181,9 +189,10 @@ class OmniVideoProcessor(VideoProcessorMixin):
         pruning_rate: float = 0.0,
         scale: float = 1.0,
         target_patches: int | None = None,
+        max_patches: int | None = None,
     ) -> int:
         """Language-model tokens of a video, after EVS when `pruning_rate` is more than 0."""
-        t, h, w = self.grid(num_frames, height, width, scale, target_patches)
+        t, h, w = self.grid(num_frames, height, width, scale, target_patches, max_patches)
         return kept_tokens(t, h * w // self.merge_size**2, pruning_rate)
 
     def patches(self, videos: Sequence[tuple[np.ndarray, int, int]]) -> torch.Tensor:
