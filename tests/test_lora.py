@@ -390,7 +390,7 @@ def test_nano(tmp_path):
     merged = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     model, again = load(str(merged))
     assert model.dtype == torch.float32
-    close(model(**inputs).logits, logits)
+    close(model(**inputs).logits, logits, 3e-5)  # merged weights round otherwise
     for name in ("chat_template.jinja", "tokenizer.json", "processor_config.json", "generation_config.json"):
         assert (merged / name).is_file()
     assert again.image_processor.max_num_patches == processor.image_processor.max_num_patches

@@ -278,6 +278,7 @@ def small_blocks(monkeypatch):
     """What runs in blocks of rows does so at small sizes too: a block is nothing next to a layer."""
     monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", {"cpu": 2**13})
     monkeypatch.setattr(ssd, "SCAN_ELEMENTS", 2**13)
+    monkeypatch.setattr(ssd, "CONV_ELEMENTS", 2**13)
 
 
 def saved_bytes(module, run) -> int:
