@@ -5,6 +5,8 @@ the ratio s = exp(mean over tokens of log p(token) - log p_old(token)) of a whol
 -min(s A, clip(s, 1 - epsilon, 1 + epsilon_high) A), the mean over answers; no KL term. Answers that were cut off do not
 count. TRL's GRPOTrainer samples and trains. What it does not do:
 
+- prompts that are read once: all answers to a prompt continue one cache, when they are sampled and when they are
+  trained on (the gradients of the answers meet in the prompt's keys, values and Mamba states).
 - media other than images: the log-probabilities of sound would be taken without the sound, and nobody would notice.
   Here a prompt's media are decoded once and run through the towers once, and all its rollouts share the features, when
   they are sampled and when they are trained on. Towers that train run once per optimizer step and prompt: the
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from transformers import DynamicCache
 from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoint import released_tensors
@@ -39,6 +42,7 @@ from .rl_training import (
     OmniTrainer,
     PromptRows,
     RLArguments,
+    bare_model,
     decoded,
     encode_prompt,
     join_features,
@@ -48,6 +52,7 @@ from .rl_training import (
     trl_config,
     world_size,
 )
+from .shared_prompts import distinct_rows
 from .training import _key
 
 logger = logging.getLogger(__name__)
@@ -65,6 +70,8 @@ class GSPOArguments(RLArguments):
     global_batch_size: int = _key(4096, "answers sampled at a time over all processes")
     updates: int = _key(1, "optimizer steps on the answers sampled at a time; 1: never off-policy, nothing is clipped")
     micro_batch_size: int = _key(1, "answers of one forward pass")
+    share_prompts: bool = _key(True, "train with every prompt read once for all its answers of a forward pass; "
+                                "never with recompute, DeepSpeed or FSDP")  # fmt: skip
     sampling_batch_size: int = _key(0, "answers that a process samples side by side; 0: all of its own")
     epsilon: float = _key(3e-4, "clipping of the ratio below 1 (GSPO's paper)")
     epsilon_high: float = _key(4e-4, "clipping of the ratio above 1 (GSPO's paper)")
@@ -203,7 +210,8 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
         for start in range(0, len(prompt_ids), size):
             numbers = self.numbers[start : start + size]
             fields = join_features([self.features[i] for i in numbers])
-            if fields:  # TRL pads lists as it pads the prompts
+            fields["prompt_rows"] = torch.tensor(numbers)
+            if len(fields) > 1:  # TRL pads lists as it pads the prompts
                 fields["mm_token_type_ids"] = [self.prompts[i]["types"] for i in numbers]
             completions += sample(prompt_ids[start : start + size], None, fields, num_generations)[0]
         return completions, None
@@ -263,20 +271,45 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
     ):
         size = batch_size or len(input_ids)
         pieces = iter([self.numbers[start : start + size] for start in range(0, len(input_ids), size)])
-
-        def forward(**inputs):
-            return model(**inputs, **self._media_inputs(next(pieces), inputs["input_ids"], logits_to_keep))
-
+        shared = self.stage_args.share_prompts and not self.stage_args.recompute and not self.in_engine
+        forward = self._forward_shared if shared else self._forward_whole
         return super()._get_per_token_logps_and_entropies(
-            forward, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
-        )
+            lambda **inputs: forward(model, next(pieces), logits_to_keep, **inputs),
+            input_ids, attention_mask, logits_to_keep, batch_size, **kwargs,
+        )  # fmt: skip
 
-    def _media_inputs(self, numbers: list[int], input_ids: torch.Tensor, completion: int) -> dict[str, torch.Tensor]:
-        """Features of the rows' prompts, and where they go: prompts are padded on the left, answers hold no media."""
+    def _forward_whole(self, model, numbers, completion, input_ids, **inputs):
+        width = input_ids.shape[1] - completion
+        media = self._media_inputs(numbers, width)
+        if media:
+            media["mm_token_type_ids"] = F.pad(media["mm_token_type_ids"], (0, completion)).to(input_ids.device)
+        return model(input_ids=input_ids, **inputs, **media)
+
+    def _forward_shared(self, model, numbers, completion, input_ids, attention_mask, labels, **inputs):
+        """Every prompt but for its last token once; behind it all its answers, with that token in front."""
+        firsts, prompt_of = distinct_rows(numbers)
+        if len(firsts) == len(numbers):
+            options = inputs | {"attention_mask": attention_mask, "labels": labels}
+            return self._forward_whole(model, numbers, completion, input_ids, **options)
+        last = input_ids.shape[1] - completion - 1
+        mask = attention_mask[firsts, :last]
+        padding = int((mask.sum(0) == 0).sum())  # to the longest prompt of another pass
+        media = self._media_inputs([numbers[i] for i in firsts], last + 1)
+        if media:
+            media["mm_token_type_ids"] = media["mm_token_type_ids"][:, padding:last].to(input_ids.device)
+        cache = DynamicCache(config=bare_model(model).config.llm_config)
+        prompts = {"input_ids": input_ids[firsts, padding:last], "attention_mask": mask[:, padding:]}
+        model(**prompts, **media, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.reorder_cache(torch.tensor(prompt_of, device=input_ids.device))
+        answers = {"input_ids": input_ids[:, last:], "attention_mask": attention_mask[:, padding:]}
+        return model(**answers, labels=labels[:, last:], past_key_values=cache, **inputs)
+
+    def _media_inputs(self, numbers: list[int], width: int) -> dict[str, torch.Tensor]:
+        """Features of the rows' prompts, and where they go: prompts are padded on the left to `width`."""
         if not any(self.prompts[i]["media"] for i in numbers):
             return {}
-        width, types = input_ids.shape[1] - completion, [torch.tensor(self.prompts[i]["types"]) for i in numbers]
-        types = torch.stack([F.pad(row, (width - len(row), completion)) for row in types]).to(input_ids.device)
+        types = [torch.tensor(self.prompts[i]["types"]) for i in numbers]
+        types = torch.stack([F.pad(row, (width - len(row), 0)) for row in types])
         return join_features([self._features_of(i) for i in numbers]) | {"mm_token_type_ids": types}
 
     def _features_of(self, number: int) -> dict[str, torch.Tensor]:

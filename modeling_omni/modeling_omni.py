@@ -36,6 +36,7 @@ from .modeling_language import (
 )
 from .modeling_mtp import OmniMTP, mtp_loss
 from .modeling_vision import OmniVisionModel, init_vision_weights, pixel_shuffle
+from .shared_prompts import read_prompts
 from .speculative import draft_and_verify
 from .token_reduction import ReducedCache, reduced_forward, reduction_cache
 
@@ -545,7 +546,10 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
 
         `mtp_drafts=k` lets a model with a draft head write up to k + 1 tokens in a pass of the trunk, without changing
         what is written (speculative.py); `mtp_counts`, a Counter, is told how many drafts were accepted.
+
+        `prompt_rows`, [B], says which prompt (any number) a row holds: each is read once, whatever its rows.
         """
+        prompt_rows = kwargs.pop("prompt_rows", None)
         keep, scoring = kwargs.pop("visual_keep", None), kwargs.pop("visual_scoring", "query")
         if kwargs.pop("compile_decode", False):
             compile_config = CompileConfig(mode="reduce-overhead" if self.device.type == "cuda" else "default")
@@ -565,6 +569,11 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         if keep not in (None, 1) and media.get("mm_token_type_ids") is not None:
             kwargs["past_key_values"] = reduction_cache(self, keep, scoring, kwargs)
             kwargs["mm_token_type_ids"] = media["mm_token_type_ids"]
+        if prompt_rows is not None and kwargs.get("past_key_values") is None:
+            embeds = kwargs.get("inputs_embeds")
+            embeds = self.get_input_embeddings()(inputs) if embeds is None else embeds
+            options = (prompt_rows.tolist(), embeds, kwargs.get("attention_mask"))
+            kwargs["past_key_values"] = read_prompts(self.model, *options)
         drafts = {"mtp_drafts": kwargs.pop("mtp_drafts", None), "mtp_counts": kwargs.pop("mtp_counts", None)}
         if drafts["mtp_drafts"]:
             if kwargs.get("stop_strings"):  # transformers gives a decoding loop of one's own no tokenizer

@@ -128,6 +128,7 @@ def sample_ids(
         max_new_tokens=max_new_tokens,
         suppress_tokens=suppressed_tokens(model, processor),
         logits_processor=[sampling],
+        prompt_rows=torch.tensor(places),
         pad_token_id=pad,
     )
     ends = end_tokens(model)
