@@ -190,6 +190,36 @@ def test_sampling_in_pieces_is_the_same(folder):
     assert torch.equal(*found) and found[0].unique().numel() > 2
 
 
+def test_prompts_are_read_once_with_the_same_answers_and_gradients(folder):
+    found = []
+    for shared in (True, False):
+        args = arguments(
+            folder, f"shared{shared}", model=str(folder / "random"), top_k=1, updates=1, micro_batch_size=16,
+            share_prompts=shared, train=["language", "head", "audio_projector"],
+        )  # fmt: skip
+        trainer, tokens = trainer_of(args), []
+        language = trainer.model.model.language_model
+        if not shared:  # the option is of training; sampling always shares
+            whole = trainer.model.generate
+            trainer.model.generate = lambda *a, prompt_rows, **options: whole(*a, **options)
+        watch = language.register_forward_pre_hook(lambda module, given: tokens.append(given[0].shape[:2].numel()))
+        batch = sampled(trainer)
+        sampling, tokens[:] = sum(tokens), []
+        batch["advantages"] = torch.linspace(-1, 1, 16)
+        loss = trainer._compute_loss(trainer.model, batch)
+        watch.remove()
+        trainer.accelerator.backward(loss)
+        trainer._backward_media()
+        gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+        found.append((batch["completion_ids"], gradients, sampling, sum(tokens)))
+    (ids, once, sampling, training), (plain_ids, plain, more, most) = found
+    assert torch.equal(ids, plain_ids)
+    assert sampling < more / 2 and training < most / 2
+    assert once.keys() == plain.keys() and any("conv1d" in name for name in once)
+    for name in once:
+        torch.testing.assert_close(once[name], plain[name], rtol=1e-4, atol=1e-7)
+
+
 def test_loss_is_the_papers_in_float64(folder):
     trainer = trainer_of(arguments(folder, "loss", epsilon=0.01, epsilon_high=0.02))
     batch = sampled(trainer)
