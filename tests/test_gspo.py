@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -201,8 +202,8 @@ def test_prompts_are_read_once_with_the_same_answers_and_gradients(folder):
         language = trainer.model.model.language_model
         if not shared:  # the option is of training; sampling always shares
             whole = trainer.model.generate
-            trainer.model.generate = lambda *a, prompt_rows, **options: whole(*a, **options)
-        watch = language.register_forward_pre_hook(lambda module, given: tokens.append(given[0].shape[:2].numel()))
+            trainer.model.generate = lambda *a, prompt_rows, f=whole, **options: f(*a, **options)
+        watch = language.register_forward_pre_hook(lambda _, given, to=tokens: to.append(given[0].shape[:2].numel()))
         batch = sampled(trainer)
         sampling, tokens[:] = sum(tokens), []
         batch["advantages"] = torch.linspace(-1, 1, 16)
@@ -463,3 +464,27 @@ def test_released_tensors_are_what_is_saved(folder):
         assert torch.equal(tensor, saved[name]), name
     missing = set(saved) - set(found) - {n for b, _ in model.named_buffers() for n, _ in released_tensors(b, _)}
     assert not missing, json.dumps(sorted(missing))
+
+
+def test_curriculum_of_pairs_and_rewards_is_one_command(folder, capsys):
+    """`train.py rl`: MPO, then GSPO from where it ended."""
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    pairs = [row("text", n, chosen="red", rejected="blue") for n in range(4)]
+    write_rows(folder / "pairs.jsonl", pairs)
+    common = {"steps": 2, "save_every": 2, "bf16": False, "learning_rate": 1e-3}
+    mpo = {"stage": "mpo", "model": str(folder / "start"), "output_dir": str(folder / "rl/mpo"),
+           "data": [{"path": str(folder / "pairs.jsonl")}], "global_batch_size": 2} | common  # fmt: skip
+    gspo = {"stage": "gspo"} | vars(arguments(folder, "rl/gspo", model=str(folder / "rl/mpo/final"), **common))
+    files = []
+    for values in (mpo, gspo):
+        files.append(folder / f"{values['stage']}.yaml")
+        files[-1].write_text(yaml.safe_dump(values))
+    train.recipe([str(file) for file in files])
+    assert "| reward |" in capsys.readouterr().out
+    start, middle, end = (weights(folder / name) for name in ("start", "rl/mpo/final", "rl/gspo/final"))
+    head = "language_model.lm_head.weight"
+    assert not torch.equal(start[head], middle[head]) and not torch.equal(middle[head], end[head])
+    train.recipe([str(file) for file in files])
+    assert capsys.readouterr().out.count("nothing to do") == 2
