@@ -297,6 +297,7 @@ class OmniModel(OmniPreTrainedModel):
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
         prefill_chunk_size: int | None = None,
+        hidden_to_keep: int = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
@@ -321,6 +322,7 @@ class OmniModel(OmniPreTrainedModel):
             seq_idx: [B, S] document numbers of packed rows (see `OmniLanguageModel`).
             prefill_chunk_size: run the language model over the prompt in pieces of this many tokens, with a cache;
                 equal to one pass, with less memory.
+            hidden_to_keep: in pieces, return at least the last n hidden states and forget the others (0: all).
             media inputs: as `OmniProcessor` returns them, or `encode_media`; see `embed_multimodal`.
 
         Returns:
@@ -363,10 +365,12 @@ class OmniModel(OmniPreTrainedModel):
             output = self.language_model(inputs_embeds, attention_mask, past_key_values, **options)
         else:
             chunk = prefill_chunk_size
-            output = self._prefill_in_chunks(inputs_embeds, attention_mask, past_key_values, chunk, options)
+            output = self._prefill_in_chunks(
+                inputs_embeds, attention_mask, past_key_values, chunk, hidden_to_keep, options
+            )
         return output if return_dict in (None, True) else output.to_tuple()
 
-    def _prefill_in_chunks(self, inputs_embeds, attention_mask, past_key_values, chunk, options):
+    def _prefill_in_chunks(self, inputs_embeds, attention_mask, past_key_values, chunk, keep, options):
         if not options["use_cache"] or options["output_hidden_states"]:
             raise ValueError("prefill_chunk_size needs use_cache=True and cannot return hidden states of every layer")
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
@@ -385,6 +389,8 @@ class OmniModel(OmniPreTrainedModel):
             )
             past_key_values = output.past_key_values
             hidden.append(output.last_hidden_state)
+            while keep and sum(part.shape[1] for part in hidden[1:]) >= keep:
+                hidden.pop(0)
         output.last_hidden_state = torch.cat(hidden, 1)
         return output
 
@@ -493,6 +499,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
             use_cache,
             seq_idx,
             prefill_chunk_size,
+            logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0,
             output_hidden_states,
             None,
             mm_token_type_ids,

@@ -353,8 +353,12 @@ def test_chunked_prefill_equals_one_pass(model, chunk):
     with torch.no_grad():
         logits = model(**prompt_of(batch)).logits
         pieces = model(**prompt_of(batch), prefill_chunk_size=chunk, use_cache=True).logits
+        last = model(**prompt_of(batch), prefill_chunk_size=chunk, use_cache=True, logits_to_keep=4).logits
+        hidden = model.model(**prompt_of(batch), prefill_chunk_size=chunk, use_cache=True, hidden_to_keep=4)
     valid = batch["attention_mask"].bool()
     close(pieces[valid], logits[valid])
+    close(last[valid[:, -4:]], logits[:, -4:][valid[:, -4:]])
+    assert hidden.last_hidden_state.shape[1] < 4 + chunk  # what nobody reads is not kept
 
 
 def test_chunked_prefill_needs_a_cache(model):
