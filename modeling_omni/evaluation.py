@@ -112,7 +112,7 @@ def heldout_table(
     Raises:
         OmniInputError: an unknown skill, or a number of samples below 1.
     """
-    from .nano_data import SKILLS, make_sample, score
+    from .nano_data import GROUNDING_SKILLS, SKILLS, make_sample, score
 
     unknown = [skill for skill in skills if skill not in SKILLS]
     if unknown:

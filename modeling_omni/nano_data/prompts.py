@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..filtering import mismatched_rows
 from ..media import save_audio, save_video
-from . import POINTING_SKILLS, SKILLS, make_sample
+from . import GROUNDING_SKILLS, POINTING_SKILLS, SKILLS, make_sample
 from .vocabulary import COLOURS, SHAPES
 
 # what the SFT data say where nothing is known, and the words that every policy may use
@@ -100,9 +100,10 @@ def save_prompts(
     Returns:
         The rows, as written; paths are relative to the folder.
     """
-    unknown = [skill for skill in skills if skill not in SKILLS]
+    known = (*SKILLS, *GROUNDING_SKILLS)
+    unknown = [skill for skill in skills if skill not in known]
     if unknown:
-        raise ValueError(f"unknown skills {', '.join(unknown)}; known: {', '.join(SKILLS)}")
+        raise ValueError(f"unknown skills {', '.join(unknown)}; known: {', '.join(known)}")
     folder = Path(folder)
     (folder / "media").mkdir(parents=True, exist_ok=True)
     seeds = range(first_seed, first_seed + count)
