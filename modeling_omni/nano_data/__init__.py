@@ -146,8 +146,12 @@ def score(sample: dict, answer: str) -> bool:
     """Whether `answer` (text after `</think>`) is the sample's answer, but for case, spaces and a last full stop.
 
     A point (of POINTING_SKILLS) is right within 12 percent across and 7 percent down of the button's centre, so on the
-    button. Words read from pictures are upper-case in both, so case never hides a mistake there.
+    button. A page is right when its text is and every box overlaps its own by half (IoU), times when the words are and
+    every phrase overlaps its own by half; metrics_grounding.py has finer scores. Words read from pictures are
+    upper-case in both, so case never hides a mistake there.
     """
+    from ..metrics_grounding import document_scores, timed_scores
+
     expected = sample["messages"][-1]["content"]
     if sample["skill"] in POINTING_SKILLS:  # a button is at least 30 x 18 percent of the picture
         points = [re.fullmatch(r"\(?(\d+)[, ]+(\d+)\)?", _normal(point)) for point in (answer, expected)]
@@ -155,6 +159,12 @@ def score(sample: dict, answer: str) -> bool:
             return False
         (x, y), (to_x, to_y) = (map(int, point.groups()) for point in points)
         return abs(x - to_x) <= 12 and abs(y - to_y) <= 7
+    if sample["skill"] == "image_document":
+        parts = document_scores(answer, expected, scale=100)
+        return parts["text"] == parts["box_f1"] == 1
+    if sample["skill"] == "speech_times":
+        parts = timed_scores(answer, expected)
+        return parts["words"] == parts["segment_f1"] == 1
     return _normal(answer) == _normal(expected)
 
 

@@ -180,7 +180,8 @@ def document_sample(rng: random.Random, split: str) -> tuple[Image.Image, str, s
     picture, blocks = draw_page(rng, split)
     height, width, _ = picture.shape
     thought = ", ".join(block.text for block in blocks if block.text) or "none"
-    return images.finish(picture, rng), scenes.vary(rng.choice(PAGE_QUESTIONS), rng), tagged(blocks, height, width), thought
+    question = scenes.vary(rng.choice(PAGE_QUESTIONS), rng)
+    return images.finish(picture, rng), question, tagged(blocks, height, width), thought
 
 
 def times_sample(rng: random.Random, split: str) -> tuple[np.ndarray, str, str, str]:

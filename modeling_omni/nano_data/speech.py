@@ -333,7 +333,11 @@ def other_throat(audio: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def spoken_utterance(
-    rng: random.Random, split: str, words: list[str] | None = None, clean: bool = False, engine: str | None = None,
+    rng: random.Random,
+    split: str,
+    words: list[str] | None = None,
+    clean: bool = False,
+    engine: str | None = None,
     silences: list[float] | None = None,
 ) -> tuple[np.ndarray, list[str], list[tuple[int, int]]]:
     """One voice speaks a few words, with pauses, loudness, room, noise, and a little change of speed and pitch.
