@@ -63,7 +63,7 @@ def parse_document(text: str, scale: float | tuple[float, float] = 1.0) -> tuple
     Raises:
         TypeError: a scale that is no number above 0 and no pair of them.
     """
-    across, down = (scale, scale) if isinstance(scale, (int, float)) else scale
+    across, down = scale if isinstance(scale, (list, tuple)) and len(scale) == 2 else (scale, scale)
     if not (across > 0 and down > 0):
         raise TypeError(f"scale is {scale!r}")
     blocks, broken, position = [], 0, 0

@@ -160,7 +160,7 @@ def score(sample: dict, answer: str) -> bool:
         (x, y), (to_x, to_y) = (map(int, point.groups()) for point in points)
         return abs(x - to_x) <= 12 and abs(y - to_y) <= 7
     if sample["skill"] == "image_document":
-        parts = document_scores(answer, expected, scale=100)
+        parts = document_scores(answer.replace("<|im_end|>", "").strip().rstrip("."), expected, scale=100)
         return parts["text"] == parts["box_f1"] == 1
     if sample["skill"] == "speech_times":
         parts = timed_scores(answer, expected)

@@ -164,11 +164,11 @@ def draw_page(rng: random.Random, split: str) -> tuple[np.ndarray, list[PageBloc
     two = width == 160 and rng.random() < 0.7
     for left, right in ((MARGIN, width // 2 - 3), (width // 2 + 4, end)) if two else ((MARGIN, end),):
         y = top + rng.randint(0, 6)
-        for _ in range(2 if two else 3):
+        for _ in range(min(2 if two else 3, 4 - len(blocks))):
             x = left + rng.randint(0, 4 if two else 20)
             paint = rng.choices(list(_BLOCKS), list(_BLOCKS.values()))[0]
             block = paint(picture, rng, split, x, y, right, height - MARGIN - y, face, tone)
-            if block is None or len(blocks) == 4:
+            if block is None:
                 break
             blocks.append(block)
             y = block.box[3] + rng.randint(8, 15)
