@@ -188,19 +188,27 @@ class ConversationCache:
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Features [tokens, D] of every medium, and which of a video's tokens stay with EVS (None without); towers run
         over those that are not known in this scope."""
+        return self.features_of(model, media, [scope] * len(media))
+
+    def features_of(
+        self, model, media: list[Medium], scopes: list[str]
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """`media_features` of media that belong to several scopes."""
         new = {}
         for kind, encode in (
             (TYPE_IMAGE, model.model.get_image_features),
             (TYPE_VIDEO, model.model.get_video_features),
             (TYPE_AUDIO, model.model.get_audio_features),
         ):
-            unknown = {m.digest: m for m in media if m.kind == kind and (scope, m.digest) not in self.features}
+            pairs = ((scope, m) for scope, m in zip(scopes, media) if m.kind == kind)
+            unknown = {(scope, m.digest): m for scope, m in pairs if (scope, m.digest) not in self.features}
             if unknown:
-                new |= encode_media(model, kind, list(unknown.values()), encode)
-        found = [new[m.digest] if m.digest in new else self.features[scope, m.digest] for m in media]
-        for medium, features in zip(media, found):
-            self.features[scope, medium.digest] = features
-            self.features.move_to_end((scope, medium.digest))
+                new |= zip(unknown, encode_media(model, kind, list(unknown.values()), encode))
+        keys = [(scope, medium.digest) for scope, medium in zip(scopes, media)]
+        found = [new[key] if key in new else self.features[key] for key in keys]
+        for key, features in zip(keys, found):
+            self.features[key] = features
+            self.features.move_to_end(key)
         held = sum(feature_bytes(features) for features in self.features.values())
         while held > self.max_media_bytes and self.features:
             held -= feature_bytes(self.features.popitem(last=False)[1])
@@ -238,19 +246,13 @@ class ConversationCache:
             Interrupted: `stopped` said so. OmniInputError: media and places do not fit.
         """
         config = model.config
-        ids = inputs["input_ids"][0].cpu()
-        if inputs["input_ids"].shape[0] != 1 or not bool(inputs["attention_mask"].all()):
-            raise ValueError("a conversation is one row without padding")
-        media = media_of(inputs, config.merge_size)
-        keys = [(medium.start, medium.digest) for medium in media]
+        ids, media, keys, turn = read_prompt(model, inputs)
         known, cached = self.find(scope, ids, keys)
         cache = DynamicCache(config=config.llm_config)
         if known is not None:
             restore(cache, known, cached, config.llm_config.conv_kernel)
-        embeds = self._embed(model, inputs, media, cached, scope)
-
-        ends = torch.isin(ids[:-1], torch.tensor(sorted(end_tokens(model)) or [-1])).nonzero()
-        turn = int(ends[-1]) + 1 if len(ends) else 0  # behind the <|im_end|> of the user
+        left = [medium for medium in media if medium.start >= cached]
+        embeds = embed_prompt(model, inputs, left, self.media_features(model, left, scope), cached)
         points = {}
         for begin, end in ((cached, turn), (max(cached, turn), len(ids) - 1)):
             step = prefill_chunk_size or max(1, end - begin)
@@ -267,28 +269,59 @@ class ConversationCache:
             self._keep(ready, known, ids[:-1], points, turns)
         return ready
 
-    def _embed(self, model, inputs, media: list[Medium], cached: int, scope: str) -> torch.Tensor:
-        """Embeddings [1, S - cached, D] of what is left to read, its media in their places."""
-        device = model.device
-        ids = inputs["input_ids"][:, cached:].to(device)
-        media = [medium for medium in media if medium.start >= cached]
-        if not media:
-            return model.model.embed_multimodal(ids)
-        types = inputs["mm_token_type_ids"][:, cached:].to(device)
-        features = self.media_features(model, media, scope)
-        names = {TYPE_IMAGE: "image_features", TYPE_VIDEO: "video_features", TYPE_AUDIO: "audio_features"}
-        encoded = {
-            name: torch.cat([tokens for (tokens, _), medium in zip(features, media) if medium.kind == kind])
-            for kind, name in names.items()
-            if any(medium.kind == kind for medium in media)
-        }
-        embeds = model.model.embed_multimodal(ids, types, **encoded)
-        videos = [(kept, medium) for (_, kept), medium in zip(features, media) if medium.kind == TYPE_VIDEO]
-        if any(kept is not None for kept, _ in videos):  # EVS: kept tokens move to their tubelets
-            grids = torch.cat([medium.values["video_grid_thw"] for _, medium in videos]).cpu()
-            order = order_of_kept_tokens(ids, types.cpu(), grids, [kept for kept, _ in videos], model.config)
-            embeds = embeds.gather(1, order.to(device)[..., None].expand_as(embeds))
-        return embeds
+    @torch.no_grad()
+    def prefill_all(
+        self, model, prompts: list[tuple[dict[str, torch.Tensor], str]], prefill_chunk_size: int | None = None
+    ) -> list[Ready]:
+        """`prefill` of several prompts (inputs, scope): those of which nothing is known are read as one left-padded
+        batch, their media too; the others one by one."""
+        groups: dict[int, list[int]] = {}  # tokens behind the user's turn -> prompts: their points lie side by side
+        seen, read, ready = set(), [], {}
+        for place, (inputs, scope) in enumerate(prompts):
+            ids, media, keys, turn = read_prompt(model, inputs)
+            read.append((ids, media, keys))
+            content = (scope, ids.numpy().tobytes(), tuple(keys))  # the same again goes on from the first
+            if turn and content not in seen and self.find(scope, ids, keys)[0] is None:
+                groups.setdefault(len(ids) - 1 - turn, []).append(place)
+            seen.add(content)
+        for behind, places in groups.items():
+            if len(places) > 1:
+                chosen = [(*prompts[place], *read[place]) for place in places]
+                ready |= zip(places, self._read_together(model, chosen, behind, prefill_chunk_size))
+        for place, (inputs, scope) in enumerate(prompts):
+            if place not in ready:
+                ready[place] = self.prefill(model, inputs, prefill_chunk_size, scope)
+        return [ready[place] for place in range(len(prompts))]
+
+    def _read_together(self, model, prompts: list[tuple], behind: int, prefill_chunk_size: int | None) -> list[Ready]:
+        """Unknown prompts (inputs, scope, ids, media, keys) with `behind` tokens between their last point and their
+        last token."""
+        config = model.config.llm_config
+        every = [(medium, scope) for _, scope, _, media, _ in prompts for medium in media]
+        features = iter(self.features_of(model, [m for m, _ in every], [s for _, s in every]))
+        lengths = [len(ids) - 1 for _, _, ids, _, _ in prompts]
+        longest = max(lengths)
+        embeds, mask = [], torch.zeros(len(prompts), longest, dtype=torch.long, device=model.device)
+        for row, (inputs, _, _, media, _) in enumerate(prompts):
+            own = embed_prompt(model, inputs, media, [next(features) for _ in media], 0)[:, :-1]
+            embeds.append(F.pad(own, (0, 0, longest - lengths[row], 0)))
+            mask[row, longest - lengths[row] :] = 1
+        embeds, cache, points = torch.cat(embeds), DynamicCache(config=config), {}
+        for begin, end in ((0, longest - behind), (longest - behind, longest)):
+            step = prefill_chunk_size or max(1, end - begin)
+            for first in range(begin, end, step):
+                last = min(first + step, end)
+                piece, seen = embeds[:, first:last], mask[:, :last]
+                model.model(inputs_embeds=piece, attention_mask=seen, past_key_values=cache, use_cache=True)
+            if begin == 0:
+                points = [mamba_states(cache, row) for row in range(len(prompts))]
+        found = []
+        for row, (inputs, scope, ids, _, keys) in enumerate(prompts):
+            one = cache_row(cache, row, longest - lengths[row], config)
+            found.append(Ready(inputs["input_ids"].cpu(), keys, one, 0, scope))
+            turn = lengths[row] - behind
+            self._keep(found[-1], None, ids[:-1], {turn: points[row]}, {turn})
+        return found
 
     def finish(self, ready: Ready, sequence: torch.Tensor) -> None:
         """Keeps the state behind an answer.
@@ -363,8 +396,41 @@ def end_tokens(model) -> set[int]:
     return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
-def encode_media(model, kind: int, media: list[Medium], encode: Callable) -> dict[bytes, tuple]:
-    """One run of a tower over several media -> digest -> (features, EVS indices)."""
+def read_prompt(model, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[Medium], list, int]:
+    """One encoded conversation -> its ids [S] on the CPU, its media, their (start, digest), and the length of the
+    prefix that ends with the user's turn (0 where no turn ends)."""
+    ids = inputs["input_ids"][0].cpu()
+    if inputs["input_ids"].shape[0] != 1 or not bool(inputs["attention_mask"].all()):
+        raise ValueError("a conversation is one row without padding")
+    media = media_of(inputs, model.config.merge_size)
+    ends = torch.isin(ids[:-1], torch.tensor(sorted(end_tokens(model)) or [-1])).nonzero()
+    turn = int(ends[-1]) + 1 if len(ends) else 0  # behind the <|im_end|> of the user
+    return ids, media, [(medium.start, medium.digest) for medium in media], turn
+
+
+def embed_prompt(model, inputs, media: list[Medium], features: list[tuple], cached: int) -> torch.Tensor:
+    """Embeddings [1, S - cached, D] of what is left to read of a prompt, the features of its media in their places."""
+    ids = inputs["input_ids"][:, cached:].to(model.device)
+    if not media:
+        return model.model.embed_multimodal(ids)
+    types = inputs["mm_token_type_ids"][:, cached:].to(model.device)
+    names = {TYPE_IMAGE: "image_features", TYPE_VIDEO: "video_features", TYPE_AUDIO: "audio_features"}
+    encoded = {
+        name: torch.cat([tokens for (tokens, _), medium in zip(features, media) if medium.kind == kind])
+        for kind, name in names.items()
+        if any(medium.kind == kind for medium in media)
+    }
+    embeds = model.model.embed_multimodal(ids, types, **encoded)
+    videos = [(kept, medium) for (_, kept), medium in zip(features, media) if medium.kind == TYPE_VIDEO]
+    if any(kept is not None for kept, _ in videos):  # EVS: kept tokens move to their tubelets
+        grids = torch.cat([medium.values["video_grid_thw"] for _, medium in videos]).cpu()
+        order = order_of_kept_tokens(ids, types.cpu(), grids, [kept for kept, _ in videos], model.config)
+        embeds = embeds.gather(1, order.to(model.device)[..., None].expand_as(embeds))
+    return embeds
+
+
+def encode_media(model, kind: int, media: list[Medium], encode: Callable) -> list[tuple]:
+    """One run of a tower over several media -> (features, EVS indices) of each."""
     device = model.device
     if kind == TYPE_AUDIO:
         frames = max(medium.values["input_features"].shape[1] for medium in media)
@@ -373,18 +439,18 @@ def encode_media(model, kind: int, media: list[Medium], encode: Callable) -> dic
             for name, padding in (("input_features", (0, 0)), ("input_features_mask", ()))
         )
         tokens = encode(features.to(device), masks.to(device))[0].split([medium.tokens for medium in media])
-        return {medium.digest: (own.clone(), None) for medium, own in zip(media, tokens)}
+        return [(own.clone(), None) for own in tokens]
     values, grid = media[0].values  # the two names
     grids = torch.cat([medium.values[grid] for medium in media]).to(device)
     tokens = encode(torch.cat([medium.values[values] for medium in media]).to(device), grids)
     counts = (grids.prod(-1) // model.config.merge_size**2).tolist()
-    found = {}
+    found = []
     for medium, own, tubelets in zip(media, tokens.split(counts), grids[:, 0].tolist()):
         kept = None
         if medium.keep is not None:
             kept = evs_keep_indices(own.unflatten(0, (tubelets, -1)), medium.keep)
         # a copy, for a view would hold the features of all of them
-        found[medium.digest] = (own.clone(), None) if kept is None else (own[kept], kept.cpu())
+        found.append((own.clone(), None) if kept is None else (own[kept], kept.cpu()))
     return found
 
 
@@ -392,10 +458,11 @@ def feature_bytes(features: tuple[torch.Tensor, torch.Tensor | None]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in features if tensor is not None)
 
 
-def mamba_states(cache: Cache) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Copies of convolution and Mamba states, by layer."""
+def mamba_states(cache: Cache, row: int = 0) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of a row's convolution and Mamba states, by layer."""
+    rows = slice(row, row + 1)
     return {
-        i: (layer.conv_states[0].clone(), layer.recurrent_states[0].clone())
+        i: (layer.conv_states[0][rows].clone(), layer.recurrent_states[0][rows].clone())
         for i, layer in enumerate(cache.layers)
         if hasattr(layer, "conv_states")
     }
@@ -409,6 +476,19 @@ def restore(cache: DynamicCache, prefix: Prefix, length: int, conv_kernel: int) 
         cache.update_recurrent_state(state, i)
     for i, (keys, values) in prefix.keys_values.items():
         cache.update(keys[:, :, :length], values[:, :, :length], i)
+
+
+def cache_row(cache: Cache, row: int, padding: int, config) -> DynamicCache:
+    """A copy of one row of a cache, without the padding on its left."""
+    one = DynamicCache(config=config)
+    for i, (conv, state) in mamba_states(cache, row).items():
+        one.update_conv_state(conv, i, conv_kernel_size=config.conv_kernel)
+        one.update_recurrent_state(state, i)
+    for i, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is not None:
+            keys, values = (tensor[row : row + 1, :, padding:].clone() for tensor in (layer.keys, layer.values))
+            one.update(keys, values, i)
+    return one
 
 
 def stack_caches(caches: list[Cache], config) -> DynamicCache:

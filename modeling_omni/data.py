@@ -424,10 +424,11 @@ def check_sources(sources: list[dict]) -> None:
             if source.get(key) is not None and source[key] not in known:
                 raise OmniInputError(f"{source['path']}: {key} is {source[key]!r}; use one of {', '.join(known)}")
         if source["path"].startswith("nano:"):
-            from .nano_data import SKILLS
+            from .nano_data import GROUNDING_SKILLS, SKILLS
 
-            if source["path"].removeprefix("nano:") not in SKILLS:
-                raise OmniInputError(f"{source['path']}: no such nano task; known: {', '.join(SKILLS)}")
+            known = (*SKILLS, *GROUNDING_SKILLS)
+            if source["path"].removeprefix("nano:") not in known:
+                raise OmniInputError(f"{source['path']}: no such nano task; known: {', '.join(known)}")
             if source.get("streaming"):
                 raise OmniInputError(f"{source['path']}: nano tasks are made at random places; drop streaming")
         if source.get("streaming") and source["path"].endswith(".json"):

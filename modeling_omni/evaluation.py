@@ -22,6 +22,7 @@ from .metrics import wilson_interval
 logger = logging.getLogger(__name__)
 
 THOUGHT_SKILLS = ("text_math",)  # these need a thought; the others are asked for the answer alone
+ANSWER_TOKENS = {"image_document": 224, "speech_times": 64}  # room for an answer; 40 for other skills
 FIRST_SEED = 10**6
 
 
@@ -112,11 +113,12 @@ def heldout_table(
     Raises:
         OmniInputError: an unknown skill, or a number of samples below 1.
     """
-    from .nano_data import SKILLS, make_sample, score
+    from .nano_data import GROUNDING_SKILLS, SKILLS, make_sample, score
 
-    unknown = [skill for skill in skills if skill not in SKILLS]
+    known = (*SKILLS, *GROUNDING_SKILLS)
+    unknown = [skill for skill in skills if skill not in known]
     if unknown:
-        raise OmniInputError(f"unknown skills {', '.join(unknown)}; known: {', '.join(SKILLS)}")
+        raise OmniInputError(f"unknown skills {', '.join(unknown)}; known: {', '.join(known)}")
     if samples < 1 or batch_size < 1:
         raise OmniInputError(f"samples is {samples} and batch_size {batch_size}; give at least 1")
     table = []
@@ -135,7 +137,8 @@ def heldout_table(
                 prompts = [row["messages"][:-1] for row in rows]
                 if without:
                     prompts = [[m | {"content": taken_away(m["content"], without)} for m in one] for one in prompts]
-                answers = answer_batch(model, processor, prompts, think, 64 if think else 40, **(options or {}))
+                room = ANSWER_TOKENS.get(skill, 40) + 24 * think
+                answers = answer_batch(model, processor, prompts, think, room, **(options or {}))
                 passed += [score(row, answer) for row, answer in zip(rows, answers)]
                 bar.update(len(rows))
             if skipped is not None:

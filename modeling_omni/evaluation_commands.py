@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from .comparison import POWERED, paired_markdown, paired_table
+from .configuration_omni import resolve_checkpoint
 from .evaluation import heldout_table, markdown_table
 from .evaluation_files import evaluate_file, named_files, provenance, results_markdown, save_results
 from .evaluation_tables import make_tables, table_markdown
@@ -106,8 +107,14 @@ def run_benchmarks(options, load_model, note) -> int:
     return 0
 
 
+def is_nano(name: str) -> bool:
+    """Whether a checkpoint is nano, or one trained like it: its folder holds nano's tokenizer."""
+    own, shipped = (Path(resolve_checkpoint(model)) / "tokenizer.json" for model in (str(name), "nano"))
+    return own.is_file() and json.loads(own.read_text()) == json.loads(shipped.read_text())
+
+
 def run_tables(options, load, note, folder: Path, data: dict[str, str], chosen: dict) -> int:
-    nano = options.model == "nano"
+    nano = is_nano(options.model)
     if not data and not nano:
         raise OmniInputError("the tables of another model than nano need benchmarks: --data NAME=FILE ...")
     if options.think is not None or options.frames is not None or options.video_pruning_rate is not None:

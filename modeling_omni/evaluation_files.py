@@ -31,6 +31,7 @@ from .data_adapters import KINDS, adapt_prompt
 from .inference import default_max_new_tokens, default_thinking
 from .media import OmniInputError
 from .metrics import bootstrap_interval, corpus_wer, final_answer, mean_interval, word_errors
+from .metrics_grounding import PARTS, SECONDS
 from .rewards import check_gold, score, verifier_name
 
 PACKAGES = ("transformers", "numpy", "jiwer", "rapidfuzz", "av", "soundfile")
@@ -269,7 +270,7 @@ def score_predictions(
 
     Returns:
         [{"id", "verifier", "source", "score", ...}]; with "error" where there is none ("score" is 0 then), and with
-        "word_errors", "words" for transcripts.
+        "word_errors", "words" for transcripts and "parts" for verifiers of `metrics_grounding.PARTS`.
     """
     with open(out, "rb") as file:
         found = {json.dumps(line["id"]): line for line in map(json.loads, file)}
@@ -285,6 +286,8 @@ def score_predictions(
             about |= {"score": 0.0, "error": line["error"]["message"]}
             if test.get("verifier") == "asr_wer":  # nothing was said
                 about["word_errors"], about["words"] = word_errors("", test["gold"], test["args"].get("lang"))
+            if test.get("verifier") in PARTS:
+                about["parts"] = PARTS[test["verifier"]]("", test["gold"], **test["args"])
             graded.append(about)
             continue
         answer = final_answer(line["answer"], test["verifier"])
@@ -292,6 +295,8 @@ def score_predictions(
         about |= {"graded": answer, "gold": test["gold"]}
         if test["verifier"] == "asr_wer":
             about["word_errors"], about["words"] = word_errors(answer, test["gold"], test["args"].get("lang"))
+        if test["verifier"] in PARTS:
+            about["parts"] = PARTS[test["verifier"]](answer, test["gold"], **test["args"])
         about |= {key: line[key] for key in ("finish_reason", "generated_tokens", "thought_cut") if key in line}
         graded.append(about | {"prompt_tokens": sum(line["tokens"].values()), "tokens": line["tokens"]})
     partial = scores.with_suffix(".partial")
@@ -309,7 +314,8 @@ def summary_rows(name: str, runs: list[list[dict]], errors: str = "wrong") -> li
     Returns:
         [{"data", "verifier", "source", "rows", "errors", "score", "low", "high" (95 %), "interval", "prompt_tokens",
         "generated_tokens" (means), "cut_off", "thought_cut" (shares)}], for transcripts with "wer", "wer_low",
-        "wer_high" of the corpus; a "score" of None where nothing could be scored.
+        "wer_high" of the corpus, for verifiers of `metrics_grounding.PARTS` with "parts", their means by name over the
+        rows that have them; a "score" of None where nothing could be scored.
     """
     groups: dict[tuple, list[list[dict]]] = {}
     sources: dict[str, set] = {}
@@ -342,6 +348,11 @@ def summary_rows(name: str, runs: list[list[dict]], errors: str = "wrong") -> li
         if counts:
             line["wer"] = corpus_wer(counts)
             line["wer_low"], line["wer_high"] = bootstrap_interval(counts, corpus_wer)
+        parts = [one["parts"] for same in counted for one in same if "parts" in one]
+        if parts:
+            names = dict.fromkeys(name for one in parts for name in one)
+            values = {name: [one[name] for one in parts if name in one] for name in names}
+            line["parts"] = {name: sum(found) / len(found) for name, found in values.items()}
         table.append(line)
     return table
 
@@ -366,6 +377,10 @@ def results_markdown(table: list[dict]) -> str:
             names = " | ".join(str(row[key]).replace("|", "/") for key in ("data", "source"))
             interval = f"{100 * row['wer_low']:.1f} to {100 * row['wer_high']:.1f}"
             lines.append(f"| {names} | WER of the corpus | {100 * row['wer']:.2f} | {interval} | {more} | {spent} |")
+        for part, value in row.get("parts", {}).items():
+            names = " | ".join(str(row[key]).replace("|", "/") for key in ("data", "source"))
+            value = f"{value:.2f} s" if part in SECONDS else f"{100 * value:.1f}"
+            lines.append(f"| {names} | {part} | {value} | | {more} | {spent} |")
     return "\n".join(lines)
 
 

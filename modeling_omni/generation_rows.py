@@ -190,7 +190,7 @@ def generate_rows(
 ) -> None:
     """Runs the rows as one batch until each has ended; fills `tokens`, `finish_reason` and `thought_cut`.
 
-    With `conversations` every prompt is read on its own, from where an earlier one is known; then all decode as one
+    With `conversations` prompts are read from where an earlier one is known (`prefill_all`); then all decode as one
     batch. The point behind the answer is kept for a row that runs alone: in a batch, the first row to end is fed on.
     """
     pad = processor.tokenizer.pad_token_id or 0
@@ -199,9 +199,9 @@ def generate_rows(
         batch = collate_prompts([row.inputs for row in rows], pad)
         batch = {name: value.to(model.device) for name, value in batch.items()}
     else:
-        for row in rows:
-            ready.append(conversations.prefill(model, row.inputs, prefill_chunk_size, row.scope))
-            row.cached_tokens = ready[-1].cached
+        ready = conversations.prefill_all(model, [(row.inputs, row.scope) for row in rows], prefill_chunk_size)
+        for row, known in zip(rows, ready):
+            row.cached_tokens = known.cached
         batch = generate_inputs(ready, model.device, model.config.llm_config, pad)
     prompt_ids, ends = batch["input_ids"], end_tokens(model)
     processors = []

@@ -13,6 +13,8 @@
     click_accuracy       ScreenSpot                            such a box; the point lies in it
     asr_wer              OpenASR, TED-LIUM (`rewards.py`)      a transcript; here also over a corpus (`word_errors`)
     ifeval               IFEval (`metrics_instructions.py`)    instructions and their arguments
+    document_parse       pages with boxes and classes          tags or blocks (`metrics_grounding.py`)
+    timed_speech         speech with times                     lines or phrases (`metrics_grounding.py`)
 
 `rewards.score` is the entry for all of them. What needs a judge model (AlpacaEval, WildVoice, MMLongBench-Doc's
 extraction), runs code (LiveCodeBench, SciCode) or a machine (OSWorld, TauBench) is not here: lmms-eval and VLMEvalKit
@@ -28,6 +30,7 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from .metrics_grounding import document_parse, timed_speech
 from .metrics_instructions import instruction_following
 from .rewards_answers import chosen_letters, first_point, options_of, plain_number
 from .rewards_grammar import plain_form, visible
@@ -341,8 +344,9 @@ WHOLE = ("asr_wer", "tool_call", "ifeval", "gui_coordinate", "click_accuracy", "
 
 def final_answer(text: str, verifier: str) -> str:
     """What of an answer (text after the reasoning) a verifier grades: the last `\\boxed{}`, else what stands behind the
-    last "Answer:" of a line's beginning, else the whole text. Transcripts, clicks, calls and instructions: the text."""
-    if verifier in ("asr_wer", "tool_call", "ifeval"):
+    last "Answer:" of a line's beginning, else the whole text. Transcripts, documents, clicks, calls and
+    instructions: the text."""
+    if verifier in ("asr_wer", "tool_call", "ifeval", "document_parse", "timed_speech"):
         return text.strip()
     start = text.rfind("\\boxed{")
     if start >= 0:
@@ -370,9 +374,12 @@ METRICS: dict[str, Callable[..., float]] = {
     "grounding_accuracy": grounding_accuracy,
     "click_accuracy": click_accuracy,
     "ifeval": instruction_following,
+    "document_parse": document_parse,
+    "timed_speech": timed_speech,
 }
 BEST_OF = ("exact_match", "contains", "numeric", "relaxed_accuracy", "anls", "option_accuracy")  # of several golds
-STRUCTURED = ("vqa_accuracy", "iou", "grounding_accuracy", "click_accuracy", "ifeval")  # whose gold need not be text
+# whose gold need not be text
+STRUCTURED = ("vqa_accuracy", "iou", "grounding_accuracy", "click_accuracy", "ifeval", "document_parse", "timed_speech")
 
 __all__ = [
     "METRICS",

@@ -307,7 +307,7 @@ def plot_lines(
         axes.plot(places, values, marker="o", markersize=3, label=name, **style)
     axes.set_xticks(places, names, rotation=20 if max(map(len, names)) > 8 else 0)
     axes.set(title=title, ylabel=label, ylim=(0, 101))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.12 if right is not None else 1.0, 0.5))
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=110)
 
 

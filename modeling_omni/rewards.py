@@ -19,6 +19,7 @@ from fractions import Fraction
 
 from .media_source import OmniInputError
 from .metrics import BEST_OF, METRICS, STRUCTURED, box_of
+from .metrics_grounding import gold_blocks, gold_phrases
 from .metrics_instructions import check_instructions
 from .rewards_answers import chosen_letters, first_point, options_of, plain_number, point_of
 from .rewards_grammar import plain_form
@@ -368,7 +369,7 @@ def format_reward(prediction: str, gold: str, prompt_opened_think: bool = True, 
         accuracy, extra_points = click_score(text, answer, **args)
         given = "</point>" in text or (not args.get("tagged", True) and first_point(text, tagged=False)[0] is not None)
         extra, one = extra + extra_points, given and extra_points == 0
-    elif name == "asr_wer":
+    elif name in ("asr_wer", "document_parse", "timed_speech"):
         spoken = contents[0] if len(contents) == 1 else text.replace("</think>", " ")
         accuracy, one = VERIFIERS[name](spoken, answer, **args), bool(text.strip())
         if not one:
@@ -392,7 +393,7 @@ def answer_of(completion: str, verifier: str, prompt_opened_think: bool = True, 
     text = without_end_marks(thinking[0])
     if whole:
         return text.strip()
-    if verifier_name(verifier) in ("gui_coordinate", "tool_call"):
+    if verifier_name(verifier) in ("gui_coordinate", "tool_call", "document_parse", "timed_speech"):
         return text
     contents = boxes(text)[0]
     return contents[0] if contents else text if verifier_name(verifier) == "asr_wer" else ""
@@ -464,6 +465,10 @@ def check_gold(verifier: str, gold, **args) -> None:
         fine = box_of(gold, args.get("size")) is not None
     elif name == "ifeval":
         return check_instructions(gold)
+    elif name == "document_parse":
+        fine = gold_blocks(gold, **args) is not None
+    elif name == "timed_speech":
+        fine = gold_phrases(gold) is not None
     elif name == "vqa_accuracy":
         fine = bool(gold) and all(isinstance(one, str) for one in gold)
     elif name == "tool_call":

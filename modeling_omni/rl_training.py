@@ -147,7 +147,7 @@ def trl_config(cls, args: RLArguments, **settings):
 
 def check_arguments(args: RLArguments) -> None:
     """Raises for what would otherwise fail only when it is needed."""
-    from .nano_data import SKILLS
+    from .nano_data import GROUNDING_SKILLS, SKILLS
 
     check_sources(args.data)
     choices = {
@@ -156,7 +156,7 @@ def check_arguments(args: RLArguments) -> None:
         "schedule": ([args.schedule], ["constant", "cosine"]),
         "dtype": ([args.dtype], ["float32", "bfloat16"]),
         "final_dtype": ([args.final_dtype], [None, "float32", "bfloat16"]),
-        "eval_skills": (args.eval_skills, ["all", *SKILLS]),
+        "eval_skills": (args.eval_skills, ["all", *SKILLS, *GROUNDING_SKILLS]),
     }
     for key, (given, known) in choices.items():
         unknown = [value for value in given if value not in known]

@@ -288,7 +288,7 @@ def load_tower(model, group: str, path: str) -> None:
 
 def check_arguments(args: SFTArguments, world: int, sharded: bool) -> None:
     """Raises for what would otherwise fail only when it is needed, perhaps days later."""
-    from .nano_data import SKILLS
+    from .nano_data import GROUNDING_SKILLS, SKILLS
 
     check_sources(args.data)
     for source in args.eval_data:
@@ -297,7 +297,7 @@ def check_arguments(args: SFTArguments, world: int, sharded: bool) -> None:
         "train": (args.train, GROUPS),
         "group_learning_rates": (args.group_learning_rates, GROUPS),
         "recompute": (args.recompute, [*RECOMPUTED, *LANGUAGE_KINDS.values()]),
-        "eval_skills": (args.eval_skills, ["all", *SKILLS]),
+        "eval_skills": (args.eval_skills, ["all", *SKILLS, *GROUNDING_SKILLS]),
         "optimizer": ([args.optimizer], ["adamw", "muon"]),
         "weight_of": ([args.weight_of], ["tokens", "rows"]),
         "final_dtype": ([args.final_dtype], [None, "float32", "bfloat16"]),

@@ -262,6 +262,41 @@ def test_rows_of_a_batch_go_on_from_their_own_prefixes(model):
     assert alone.tokens == plain[1]
 
 
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_unknown_prompts_are_read_as_one_batch(model, chunk):
+    """States, keys and points of prompts of other lengths are those of reading each alone; then turns go on."""
+    first = [
+        ([user(image(1), "what is this and that?")], "a", False, {}),
+        ([user("hello")], "b", False, {}),
+        ([user(video(2), "x", audio(3), "and?")], "a", False, {"video_pruning_rate": 0.6}),
+        ([user(audio(3, 0.4), "think")], "c", True, {}),
+        ([user("hello")], "b", False, {}),  # the same again
+        ([user("and now")], "b", True, {}),
+    ]
+    prompts = [(encode(model, PROCESSOR, m, thinking, **more), scope) for m, scope, thinking, more in first]
+    alone = [ConversationCache().prefill(model, inputs) for inputs, _ in prompts]
+    cache = ConversationCache()
+    with tokens_read(model) as read, tower_items(model) as seen:
+        ready = cache.prefill_all(model, prompts, chunk)
+    lengths = [inputs["input_ids"].shape[1] - 1 for inputs, _ in prompts]
+    assert [row.cached > 0 for row in ready] == [False, False, False, False, True, False]
+    assert read["tokens"] == max(lengths) + lengths[4] - ready[4].cached  # one batch, and the rest of what came twice
+    assert seen == {"vision": 2, "audio": 2}
+    for got, wanted in zip(ready, alone):
+        assert int(got.cache.get_seq_length()) == int(wanted.cache.get_seq_length())
+        assert got.kept.turns == wanted.kept.turns and got.kept.media == wanted.kept.media
+        pairs = [(mamba_states(one.cache), *one.kept.points.values(), one.kept.keys_values) for one in (got, wanted)]
+        for own, expected in zip(*pairs):
+            assert own.keys() == expected.keys()
+            for layer in own:
+                for a, b in zip(own[layer], expected[layer]):
+                    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    messages, scope, thinking, more = first[0]
+    later = [*messages, {"role": "assistant", "content": "a cat"}, user("and?")]
+    inputs = encode(model, PROCESSOR, later, thinking)
+    assert cache.prefill_all(model, [(inputs, "b"), (inputs, scope)])[1].cached == lengths[0] + 1 - HEADER
+
+
 def test_a_state_that_is_kept_is_never_written_to(model):
     cache = ConversationCache()
     inputs = encode(model, PROCESSOR, [user("one two")])

@@ -232,6 +232,16 @@ def test_single_frames_are_pairs_of_one_frame(nano):
     assert measured["video_tokens"] == int((inputs["mm_token_type_ids"] == 2).sum() * 0.5)
 
 
+def test_a_checkpoint_trained_like_nano_has_its_tables(tmp_path):
+    from modeling_omni.evaluation_commands import is_nano
+
+    tokenizer = (ROOT / "modeling_omni/nano/tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer)))
+    assert is_nano("nano") and is_nano(tmp_path) and not is_nano("other")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.replace('"circle"', '"disc"'))
+    assert not is_nano(tmp_path)
+
+
 def test_tables(run, tmp_path):
     """All four on two benchmarks of our own: shared cells are made once, and nothing is done twice."""
     moves = {

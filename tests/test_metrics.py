@@ -157,6 +157,20 @@ CASES = {
         ("no idea", BOX, 0.0),
         ("(3..0, 4)", BOX, 0.0),
     ],
+    # test_grounding.py has their parts
+    "document_parse": [
+        ("<x_1><y_2>A<x_5><y_6><class_Text>", "<x_1><y_2>A<x_5><y_6><class_Text>", 1.0, {"scale": 10}),
+        ("<x_1><y_2>A<x_5><y_6><class_Text>", [{"text": "A", "box": BOX, "class": "Text"}], 1.0, {"scale": 10}),
+        ("<x_0.1><y_0.2>A<x_0.5><y_0.4><class_text>", [{"text": "A", "box": BOX, "class": "Text"}], 0.75),
+        ("A", [{"text": "A", "box": BOX, "class": "Text"}], 0.5),
+        ("", [{"text": "A", "box": BOX, "class": "Text"}], 0.0),
+    ],
+    "timed_speech": [
+        ("[0.0-1.0] yes", "[0.0-1.0] yes", 1.0),
+        ("[0.0-0.5] Yes.", [{"text": "yes", "start": 0, "end": 1}], 0.75),
+        ("yes", "[0.0-1.0] yes", 0.5),
+        ("[0.0-1.0] no", "[0.0-1.0] yes", 0.5),
+    ],
 }
 
 
@@ -357,6 +371,11 @@ def test_golds_that_nothing_can_reach_are_told():
         ("numeric", "many", {}),
         ("option_accuracy", "E", {"options": FRUIT}),
         ("anls", "", {}),
+        ("document_parse", "no tags", {}),
+        ("document_parse", "<x_1><y_2>A<x_5><y_6><class_Text>", {}),  # beyond the page, without its scale
+        ("document_parse", [{"text": "A", "box": [0, 0, 1], "class": "Text"}], {}),
+        ("timed_speech", "[2.0-1.0] yes", {}),
+        ("timed_speech", [{"text": "yes", "start": -1, "end": 1}], {}),
     ]
     for verifier, gold, args in wrong:
         with pytest.raises(OmniInputError):
@@ -378,6 +397,8 @@ CALLS = [
     ("option_accuracy", "B", {}),
     ("iou", BOX, {}),
     ("click_accuracy", BOX, {}),
+    ("document_parse", "<x_1><y_1>some text of a page<x_5><y_5><class_Text>", {"scale": 9}),
+    ("timed_speech", "[0.0-1.2] one two", {}),
     ("ifeval", ask(*((name, cases[0][0]) for name, cases in FOLLOWED.items())), {"loose": True}),
 ]
 

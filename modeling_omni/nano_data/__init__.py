@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from . import images, scenes, speech, text, video
+from . import grounding, images, scenes, speech, text, video
 from .images import COLOUR_CLASSES, IGNORE, PLACE_CLASSES, THING_CLASSES, dense_image_sample
 from .scenes import SHAPE_KINDS
 from .speech import spoken_utterance
@@ -55,6 +55,11 @@ def _hear(kind: str, rng: random.Random, split: str) -> tuple[list, str, str, st
     else:
         question, answer = rng.choice(text.HEAR_COUNT_QUESTIONS), str(len(words))
     return [_audio_part(audio)], scenes.vary(question, rng), answer, " ".join(words)
+
+
+def _speech_times(rng: random.Random, split: str) -> tuple[list, str, str, str]:
+    audio, question, answer, thought = grounding.times_sample(rng, split)
+    return [_audio_part(audio)], question, answer, thought
 
 
 def _heard_picture(rng: random.Random, split: str) -> tuple[list, str, str, str]:
@@ -100,10 +105,15 @@ _SKILLS = {
     "video_turns": partial(_from_video, video.turns_sample),
     "video_heard_motion": partial(_from_video, video.heard_motion_sample),
     "heard_picture": _heard_picture,
+    "image_document": partial(_from_image, grounding.document_sample),
+    "speech_times": _speech_times,
 }
-SKILLS = tuple(_SKILLS)
+# answers with boxes or times; nano as it ships was not trained on them (configs/nano/grounding.yaml), so "all skills"
+# are those without them
+GROUNDING_SKILLS = ("image_document", "speech_times")
+SKILLS = tuple(skill for skill in _SKILLS if skill not in GROUNDING_SKILLS)
 # share of samples whose answer comes after a thought
-_THINK_RATE = {"text_math": 1.0}
+_THINK_RATE = {"text_math": 1.0, **dict.fromkeys(GROUNDING_SKILLS, 0.0)}
 POINTING_SKILLS = ("image_button", "text_button")
 
 
@@ -111,7 +121,7 @@ def make_sample(skill: str, seed: int, split: str = "train", think: bool | None 
     """One sample, the same for the same arguments.
 
     Args:
-        skill: one of SKILLS.
+        skill: one of SKILLS or GROUNDING_SKILLS.
         seed: any integer.
         split: "train" or "heldout".
         think: whether the answer follows a thought (`reasoning_content`); None draws it (a quarter of the samples).
@@ -121,7 +131,7 @@ def make_sample(skill: str, seed: int, split: str = "train", think: bool | None 
         (array, 16000), `VideoClip`s). The assistant's content is the exact answer.
     """
     if skill not in _SKILLS:
-        raise ValueError(f"unknown skill {skill!r}; one of {', '.join(SKILLS)}")
+        raise ValueError(f"unknown skill {skill!r}; one of {', '.join(_SKILLS)}")
     rng = sample_random(skill, seed, split)
     media, question, answer, thought = _SKILLS[skill](rng, split)
     drawn = rng.random() < _THINK_RATE.get(skill, 0.25)
@@ -136,8 +146,12 @@ def score(sample: dict, answer: str) -> bool:
     """Whether `answer` (text after `</think>`) is the sample's answer, but for case, spaces and a last full stop.
 
     A point (of POINTING_SKILLS) is right within 12 percent across and 7 percent down of the button's centre, so on the
-    button. Words read from pictures are upper-case in both, so case never hides a mistake there.
+    button. A page is right when its text is and every box overlaps its own by half (IoU), times when the words are and
+    every phrase overlaps its own by half; metrics_grounding.py has finer scores. Words read from pictures are
+    upper-case in both, so case never hides a mistake there.
     """
+    from ..metrics_grounding import document_scores, timed_scores
+
     expected = sample["messages"][-1]["content"]
     if sample["skill"] in POINTING_SKILLS:  # a button is at least 30 x 18 percent of the picture
         points = [re.fullmatch(r"\(?(\d+)[, ]+(\d+)\)?", _normal(point)) for point in (answer, expected)]
@@ -145,6 +159,12 @@ def score(sample: dict, answer: str) -> bool:
             return False
         (x, y), (to_x, to_y) = (map(int, point.groups()) for point in points)
         return abs(x - to_x) <= 12 and abs(y - to_y) <= 7
+    if sample["skill"] == "image_document":
+        parts = document_scores(answer.replace("<|im_end|>", "").strip().rstrip("."), expected, scale=100)
+        return parts["text"] == parts["box_f1"] == 1
+    if sample["skill"] == "speech_times":
+        parts = timed_scores(answer, expected)
+        return parts["words"] == parts["segment_f1"] == 1
     return _normal(answer) == _normal(expected)
 
 
@@ -154,6 +174,7 @@ def _normal(text: str) -> str:
 
 __all__ = [
     "COLOUR_CLASSES",
+    "GROUNDING_SKILLS",
     "IGNORE",
     "MOTION_CLASSES",
     "PLACE_CLASSES",

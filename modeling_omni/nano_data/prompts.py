@@ -8,6 +8,8 @@ Nano answers in plain words, so all rows are meant for `reward: text`. Which ver
     asr_wer         spoken words; spoken digits by character, as languages without spaces are counted
     gui_coordinate  points at buttons, in percent; the reward decays with the distance
     math            counts
+    document_parse  pages with boxes and classes, in percent
+    timed_speech    spoken phrases with seconds
     string_match    everything else. Sums too: a symbolic verifier takes "2 + 3" for 5, which is copying the question
 
 No question here is multiple choice with letters: nano was never shown any.
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from ..filtering import mismatched_rows
 from ..media import save_audio, save_video
-from . import POINTING_SKILLS, SKILLS, make_sample
+from . import GROUNDING_SKILLS, POINTING_SKILLS, SKILLS, make_sample
 from .vocabulary import COLOURS, SHAPES
 
 # what the SFT data say where nothing is known, and the words that every policy may use
@@ -34,6 +36,10 @@ def verifier_of(skill: str, answer: str) -> dict:
         x, y = (int(number) for number in answer.split())
         args = {"scale": 100, "tagged": False}
         return {"verifier": "gui_coordinate", "answer": f"{x / 100},{y / 100}", "args": args}
+    if skill == "image_document":
+        return {"verifier": "document_parse", "answer": answer, "args": {"scale": 100}}
+    if skill == "speech_times":
+        return {"verifier": "timed_speech", "answer": answer}
     if skill == "speech_words":
         return {"verifier": "asr_wer", "answer": answer}
     if skill == "speech_digits":
@@ -100,9 +106,10 @@ def save_prompts(
     Returns:
         The rows, as written; paths are relative to the folder.
     """
-    unknown = [skill for skill in skills if skill not in SKILLS]
+    known = (*SKILLS, *GROUNDING_SKILLS)
+    unknown = [skill for skill in skills if skill not in known]
     if unknown:
-        raise ValueError(f"unknown skills {', '.join(unknown)}; known: {', '.join(SKILLS)}")
+        raise ValueError(f"unknown skills {', '.join(unknown)}; known: {', '.join(known)}")
     folder = Path(folder)
     (folder / "media").mkdir(parents=True, exist_ok=True)
     seeds = range(first_seed, first_seed + count)

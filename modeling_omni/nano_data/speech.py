@@ -333,7 +333,12 @@ def other_throat(audio: np.ndarray, rng: random.Random) -> np.ndarray:
 
 
 def spoken_utterance(
-    rng: random.Random, split: str, words: list[str] | None = None, clean: bool = False, engine: str | None = None
+    rng: random.Random,
+    split: str,
+    words: list[str] | None = None,
+    clean: bool = False,
+    engine: str | None = None,
+    silences: list[float] | None = None,
 ) -> tuple[np.ndarray, list[str], list[tuple[int, int]]]:
     """One voice speaks a few words, with pauses, loudness, room, noise, and a little change of speed and pitch.
 
@@ -343,6 +348,7 @@ def spoken_utterance(
         words: what to say (each in SPOKEN_WORDS); None draws 1-4 digits or 1-3 words.
         clean: without noise and room.
         engine: one of the split's engines; None draws it.
+        silences: seconds of silence before every word; None draws them.
 
     Returns:
         audio float32 [L] at 16 kHz; the words; per word its (first sample, end) in the audio.
@@ -357,8 +363,8 @@ def spoken_utterance(
     spread = 0.2 if split == "train" else 0.1  # training hears more voices than there are
     rate = rng.uniform(1 - spread, 1 + spread) if rng.random() < 0.7 else 1.0
     slow = rng.random() < 0.3
-    pieces, spans, position = [], [], int(rng.uniform(0.05, 0.4) * RATE)
-    for word in words:
+    pieces, spans, position = [], [], int((silences[0] if silences else rng.uniform(0.05, 0.4)) * RATE)
+    for number, word in enumerate(words, 1):
         start, end = cache.clips[rng.choice(numbers)][word]
         samples = cache.samples[start:end].astype(np.float32) * (rng.uniform(0.75, 1.15) / 32768)
         if rate != 1.0:
@@ -366,7 +372,8 @@ def spoken_utterance(
             samples = np.interp(places, np.arange(len(samples), dtype=np.float32), samples).astype(np.float32)
         pieces.append(samples)
         spans.append((position, position + len(samples)))
-        position += len(samples) + int(rng.uniform(0.02, 0.45 if slow else 0.15) * RATE)
+        pause = silences[number % len(words)] if silences else rng.uniform(0.02, 0.45 if slow else 0.15)
+        position += len(samples) + int(pause * RATE)
     length = spans[-1][1] + int(rng.uniform(0.08, 0.4) * RATE)
     audio = np.zeros(length, np.float32)
     for samples, (start, end) in zip(pieces, spans, strict=True):
