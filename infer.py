@@ -1,4 +1,4 @@
-"""Inference from the command line: ask, chat, batches, a server, held-out scores, comparisons, merging of adapters."""
+"""Inference from the command line: ask, chat, batches, a server, held-out scores, merging, FP8 and NVFP4."""
 
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   python infer.py eval --suite tables --samples 20 --out runs/tables
   python infer.py compare --models nano runs/nano/rl/omni_rl/final --samples 100 --out compared.json
   python infer.py merge --adapter runs/lora/final --out merged
+  python infer.py export --format nvfp4 --out nano-nvfp4
 """
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -105,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = "ask | chat | batch | serve | eval | compare | merge"
+    names = "ask | chat | batch | serve | eval | compare | merge | export"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ask = commands.add_parser(
@@ -237,6 +238,21 @@ def build_parser() -> argparse.ArgumentParser:
                        "one that the adapter names)")  # fmt: skip
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
     merge.set_defaults(run=run_merge)
+
+    export = commands.add_parser(
+        "export", parents=[model], help="a checkpoint in FP8 or NVFP4, or back in bfloat16",
+        description="Writes a checkpoint in the released FP8 or NVFP4 layout, scales of inputs and of the KV cache "
+        "calibrated on a few rows, or a packed one back in bfloat16 (--format bf16, no calibration). Weights are read "
+        "and written shard by shard. Sizes go to stdout as JSON.",
+    )  # fmt: skip
+    export.add_argument("--format", required=True, choices=("fp8", "nvfp4", "nvfp4_all", "bf16"), help="fp8, nvfp4: "
+                        "the paper's recipes; nvfp4_all: all linear layers of the language model in NVFP4")  # fmt: skip
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    export.add_argument("--data", nargs="+", metavar="SOURCE", help="calibration rows as for training: JSONL files, "
+                        "nano:<skill> ... (default for nano: its skills)")  # fmt: skip
+    export.add_argument("--rows", type=positive, default=32, metavar="N", help="packed rows to calibrate on (32)")
+    export.add_argument("--row-tokens", type=positive, default=2048, metavar="N", help="tokens of a row (2048)")
+    export.set_defaults(run=run_export)
     return parser
 
 
@@ -510,6 +526,20 @@ def run_merge(options) -> int:
     from modeling_omni.lora import merge_adapter
 
     print(merge_adapter(options.adapter, options.out, options.model, progress=sys.stderr.isatty()), flush=True)
+    return 0
+
+
+def run_export(options) -> int:
+    from modeling_omni.quantized_export import calibrate, calibration_batches, calibration_sources, export_checkpoint
+
+    scales = None
+    if options.format != "bf16":
+        sources = calibration_sources(options.model, options.data)
+        model, processor = load_model(options)
+        note(f"calibrating on {options.rows} rows of {options.row_tokens} tokens of {len(sources)} source(s)")
+        scales = calibrate(model, calibration_batches(processor, sources, options.rows, options.row_tokens))
+        del model
+    print(json.dumps(export_checkpoint(options.model, options.out, options.format, scales)), flush=True)
     return 0
 
 
