@@ -17,6 +17,7 @@ Shape legend: E experts, T tokens, K experts per token, I expert width, D hidden
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -226,6 +227,16 @@ def scaled_linear(x, weight, weight_scale, input_scale, bias=None):
     return y if bias is None else y + bias
 
 
+def experts_one_by_one(hidden_TD, experts_TK, weights_TK, number: int, product: Callable) -> torch.Tensor:
+    """`kernels.routed_experts` with any products: `product("up_proj" or "down_proj", rows, expert)`."""
+    tokens, places, spans = sort_by_expert(experts_TK, number)
+    rows, outputs = hidden_TD.index_select(0, tokens), []
+    for expert, start, stop in spans:
+        outputs.append(product("down_proj", relu2(product("up_proj", rows[start:stop], expert)), expert))
+    rows = torch.cat(outputs) if outputs else rows
+    return F.embedding_bag(places, rows, per_sample_weights=weights_TK.to(rows.dtype), mode="sum")
+
+
 class QuantizedExperts(nn.Module):
     """All routed experts of a layer, packed: `Experts` whose weights are formed expert by expert when tokens come.
 
@@ -244,7 +255,9 @@ class QuantizedExperts(nn.Module):
             for name, (shape, dtype) in packed_shapes(tuple(weight.shape), kind).items():
                 self._register(part, name, torch.empty(shape, dtype=dtype, device=weight.device))
             if input_scale:
-                self._register(part, "input_scale", torch.empty(self.num_experts, device=weight.device))
+                self._register(
+                    part, "input_scale", torch.empty(self.num_experts, dtype=torch.float32, device=weight.device)
+                )
 
     def _register(self, part, name, tensor):
         buffer = buffer_name(part, name)
@@ -263,13 +276,7 @@ class QuantizedExperts(nn.Module):
         return F.linear(rows, self.dense(part, rows.dtype, expert))
 
     def forward(self, hidden_TD: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        tokens, places, spans = sort_by_expert(experts_TK, self.num_experts)
-        rows, outputs = hidden_TD.index_select(0, tokens), []
-        for expert, start, stop in spans:
-            inner = relu2(self._product("up_proj", rows[start:stop], expert))
-            outputs.append(self._product("down_proj", inner, expert))
-        rows = torch.cat(outputs) if outputs else rows
-        return F.embedding_bag(places, rows, per_sample_weights=weights_TK.to(rows.dtype), mode="sum")
+        return experts_one_by_one(hidden_TD, experts_TK, weights_TK, self.num_experts, self._product)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {self.kind}"
