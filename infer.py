@@ -179,8 +179,9 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", parents=[model, media, generation, reasoning], help="benchmarks, held-out skills, the paper's tables",
         description="Scores with a 95 % interval, as a Markdown table on stdout: of benchmarks in JSONL files "
         "(--data), of nano's held-out skills (--suite nano, the default; only --think and the reasoning flags change "
-        "how it answers), or the paper's tables of budgets, tubelets and EVS (--suite tables), on nano or on --data. "
-        "Killed and started again with the same --out, --data and --suite tables go on where they were.",
+        "how it answers), or the paper's tables: of budgets, tubelets and EVS (--suite tables, on nano or on --data), "
+        "of FP8 and NVFP4 (--suite quantization, nano's skills). Killed and started again with the same --out, all but "
+        "--suite nano go on where they were.",
     )  # fmt: skip
     group = evaluate.add_argument_group("benchmarks and tables")
     group.add_argument("--data", nargs="+", metavar="[NAME=]FILE", help="JSONL rows with 'prompt' or 'messages', "
@@ -196,6 +197,9 @@ def build_parser() -> argparse.ArgumentParser:
     tables = ("modes", "11", "12", "13")
     group.add_argument("--tables", nargs="+", metavar="TABLE", choices=tables, default=tables,
                        help="of --suite tables (default: modes 11 12 13)")  # fmt: skip
+    group.add_argument("--formats", nargs="+", metavar="FORMAT", default=["bf16", "fp8", "nvfp4"], help="of --suite "
+                       "quantization: bf16, fp8, nvfp4, nvfp4_all, folders of packed checkpoints (default: the first "
+                       "three); --data are its calibration rows")  # fmt: skip
     group.add_argument("--budgets", nargs="+", type=int, metavar="N", help="of Table 11 (default: from 13/16 of "
                        "--max-new-tokens down to 0)")  # fmt: skip
     group.add_argument("--table-frames", nargs="+", type=positive, metavar="N", help="frames of Tables 12 and 13 "
@@ -214,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
                          "one that the others are compared with")  # fmt: skip
     compare.set_defaults(run=run_compare)
     for command in (evaluate, compare):
-        suites = ("nano", "tables") if command is evaluate else ("nano",)
+        suites = ("nano", "tables", "quantization") if command is evaluate else ("nano",)
         command.add_argument("--suite", choices=suites, default="nano", help="which tests (default: nano)")
         command.add_argument("--skills", help="comma-separated (default: all)")
         command.add_argument("--samples", type=positive, help="held-out samples per skill (default: 100), rows of a "
