@@ -399,6 +399,10 @@ class OmniConfig(PreTrainedConfig):
         output = super().to_dict()
         # The released string, so that vLLM and NVIDIA's tools take a fine-tune as they take the original.
         output["architectures"] = [MODEL_TYPE]
+        # likewise those of the parts, by which llama.cpp's converter finds them
+        for part, name in (("llm_config", "NemotronHForCausalLM"), ("vision_config", "RADIOModel")):
+            if isinstance(output.get(part), dict):
+                output[part]["architectures"] = [name]
         return output
 
 

@@ -73,8 +73,8 @@ def arguments(folder, start, **changes):
     return QADArguments(**{
         "output_dir": str(folder), "model": start, "processor": "nano", "data": [{"path": "nano:text_copy"}],
         "weight_of": "rows", "row_tokens": 96, "global_batch_size": 2, "micro_batch_size": 2, "steps": 4,
-        "save_every": 2, "format": "nvfp4_all", "calibration_rows": 2, "learning_rate": 3e-3, "warmup_fraction": 0.0, "workers": 0,
-        "eval_samples": 0, "report_to": [], "log_every": 1, "train": ["language"],
+        "save_every": 2, "format": "nvfp4_all", "calibration_rows": 2, "learning_rate": 3e-3, "workers": 0,
+        "warmup_fraction": 0.0, "eval_samples": 0, "report_to": [], "log_every": 1, "train": ["language"],
     } | changes)  # fmt: skip
 
 
