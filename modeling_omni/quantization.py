@@ -30,7 +30,6 @@ FP8, NVFP4 = "FP8", "NVFP4"
 E4M3_MAX, E2M1_MAX, GROUP = 448.0, 6.0, 16
 E4M3_MIN = 2.0**-9  # a block's scale is never 0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
-E2M1_BOUNDS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway: goes to the even code
 
 # ---- which module has which format (paper 4.7), by the released names
 
@@ -54,13 +53,18 @@ def format_of(module: str, recipe: str) -> str | None:
 # ---- formats
 
 
+def round_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """The nearest of the e2m1 values, ties to the even code; beyond 6 is 6. float32 of any shape."""
+    size = values.abs().clamp(max=E2M1_MAX)
+    step = torch.where(size <= 2, 0.5, torch.where(size <= 4, 1.0, 2.0))  # a tie goes to an even multiple of it
+    return torch.copysign((size / step).round() * step, values)
+
+
 def pack_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """Nearest e2m1 codes of float32 values [..., N], two a byte: uint8 [..., N / 2]. Beyond 6 is 6; ties go to even."""
-    bounds = torch.tensor(E2M1_BOUNDS, device=values.device)
-    size = values.abs()
-    # a value on the bound behind an odd code belongs to the even code above it
-    code = torch.bucketize(size, bounds) + (size[..., None] == bounds[1::2]).any(-1)
-    code = code.to(torch.uint8) | (values < 0).to(torch.uint8) << 3
+    """Nearest e2m1 codes (see `round_e2m1`) of float32 values [..., N], two a byte: uint8 [..., N / 2]."""
+    size = round_e2m1(values).abs()
+    code = torch.where(size <= 2, 2 * size, torch.where(size <= 4, size + 2, size / 2 + 4)).to(torch.uint8)
+    code = code | (values < 0).to(torch.uint8) << 3
     return code[..., ::2] | code[..., 1::2] << 4
 
 
@@ -134,8 +138,17 @@ class _StraightThrough(torch.autograd.Function):
 def fake_quantize(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """A weight [..., O, N] as its packed form has it, in its own dtype; gradients pass through unchanged."""
     with torch.no_grad():
-        quantized = dequantize(quantize(weight, kind), weight.dtype)
+        scale = scale_of(weight.abs().amax((-2, -1)), kind)[..., None, None]
+        quantized = _rounded(weight.float(), kind, scale).to(weight.dtype)
     return _StraightThrough.apply(quantized, weight)
+
+
+def _rounded(values, kind, scale):
+    """`dequantize(quantize(values))` with a given outer scale, without packing."""
+    if kind == FP8:
+        return to_e4m3(values / scale).float() * scale
+    step = (block_scales(values, scale).float() * scale)[..., None]
+    return (round_e2m1(values.unflatten(-1, (-1, GROUP)) / step) * step).flatten(-2)
 
 
 def fake_quantize_input(x: torch.Tensor, kind: str, scale: torch.Tensor | None) -> torch.Tensor:
@@ -148,15 +161,7 @@ def fake_quantize_input(x: torch.Tensor, kind: str, scale: torch.Tensor | None) 
         if not values.numel():
             return x
         scale = scale_of(values.abs().amax(), kind) if scale is None else scale.float()
-        if kind == FP8:
-            quantized = to_e4m3(values / scale).float() * scale
-        else:
-            step = block_scales(values, scale).float()[..., None] * scale
-            groups = values.unflatten(-1, (-1, GROUP))
-            quantized = (unpack_e2m1(pack_e2m1((groups / step).flatten(-2))).unflatten(-1, (-1, GROUP)) * step).flatten(
-                -2
-            )
-        quantized = quantized.to(x.dtype)
+        quantized = _rounded(values, kind, scale).to(x.dtype)
     return _StraightThrough.apply(quantized, x)
 
 
@@ -185,9 +190,12 @@ class QuantizedLinear(nn.Module):
         if input_scale:
             self.register_buffer("input_scale", torch.empty((), dtype=torch.float32, device=like.weight.device))
         self.bias = like.bias
+        self.formed: torch.Tensor | None = None  # see `form_weights`
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight [out, in]."""
+        if self.formed is not None:
+            return self.formed.to(dtype)
         names = ("weight", "weight_scale", "weight_scale_2")
         return dequantize({name: getattr(self, name) for name in names if hasattr(self, name)}, dtype)
 
@@ -250,6 +258,7 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         self.num_experts, self.kind = like.num_experts, kind
         self.names = {}  # of a weight's tensors -> of the buffers
+        self.formed: dict[str, torch.Tensor] = {}  # see `form_weights`
         for part in ("up_proj", "down_proj"):
             weight = getattr(like, part)
             for name, (shape, dtype) in packed_shapes(tuple(weight.shape), kind).items():
@@ -266,6 +275,8 @@ class QuantizedExperts(nn.Module):
 
     def dense(self, part: str, dtype: torch.dtype, expert: int | slice = slice(None)) -> torch.Tensor:
         """The weights of one expert [O, N], or of all [E, O, N]."""
+        if part in self.formed:
+            return self.formed[part][expert].to(dtype)
         names = ("weight", "weight_scale", "weight_scale_2")
         tensors = {n: getattr(self, self.names[part, n])[expert] for n in names if (part, n) in self.names}
         return dequantize(tensors, dtype)
@@ -292,6 +303,15 @@ def set_input_quantization(model: nn.Module, on: bool) -> None:
     for module in model.modules():
         if isinstance(module, (QuantizedLinear, QuantizedExperts)):
             module.quantize_inputs = on
+
+
+def form_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Forms all packed weights once and keeps them beside their codes: the same numbers, a plain model's memory."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.formed = module.dense(dtype)
+        elif isinstance(module, QuantizedExperts):
+            module.formed = {part: module.dense(part, dtype) for part in ("up_proj", "down_proj")}
 
 
 # ---- keys and values in FP8
@@ -327,6 +347,7 @@ __all__ = [
     "encode_cache",
     "fake_quantize",
     "fake_quantize_input",
+    "form_weights",
     "format_of",
     "kv_scales",
     "pack_e2m1",

@@ -271,9 +271,10 @@ def packed_stream(stored: StoredTensors, recipe: str, scales: dict, layers: dict
                 yield f"{layer}.{key}", value
         for scale in shapes:
             if scale.endswith((".input_scale", ".k_scale", ".v_scale")):
-                if scale not in scales:
+                amax = scales.get(scale, scales.get(f"language_model.{scale}"))  # text checkpoints have no prefix
+                if amax is None:
                     raise OmniInputError(f"calibration saw no {scale}: it is of another model")
-                yield scale, scale_of(scales[scale], kind if scale.endswith(".input_scale") else FP8)
+                yield scale, scale_of(amax, kind if scale.endswith(".input_scale") else FP8)
 
 
 def plain_stream(stored: StoredTensors, dtype: torch.dtype) -> Iterator:

@@ -24,6 +24,7 @@ from modeling_omni.quantization import (
     encode_cache,
     fake_quantize,
     fake_quantize_input,
+    form_weights,
     pack_e2m1,
     packed_shapes,
     quantize,
@@ -342,6 +343,8 @@ def test_packed_experts_equal_plain_ones_forward_and_backward(kind):
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(packed(hidden[:1], experts[:1], weights[:1]), results[0][0][:1], rtol=1e-5, atol=1e-5)
+    form_weights(packed, torch.float32)
+    assert torch.equal(packed(hidden, experts, weights), results[1][0])
 
 
 def test_the_product_for_gpus_rounds_inputs_as_the_plain_one_does():
