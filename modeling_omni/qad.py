@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -187,12 +188,11 @@ def train_qad(args: QADArguments) -> None:
         if args.loss == "kl" or not path.is_file():  # before the first step the student is its own teacher
             name = resolve_checkpoint(args.teacher or args.model)
             teacher = OmniForConditionalGeneration.from_pretrained(name, dtype=model.dtype).eval().requires_grad_(False)
-        if not path.is_file():
-            start = teacher if args.teacher is None else model
-            batches = calibration_batches(processor, args.data, args.calibration_rows, args.row_tokens, args.seed)
-            training, scales = model.training, calibrate(start.eval(), batches)
-            start.train(training if start is model else False)
-            save_file(scales, path)
+        with PartialState().main_process_first():
+            if not path.is_file():
+                start = teacher if args.teacher is None else model.eval()
+                batches = calibration_batches(processor, args.data, args.calibration_rows, args.row_tokens, args.seed)
+                save_file(calibrate(start, batches), path)
         amax = load_file(path)
         fake_quantize_model(model, args.format, amax if args.round_inputs else None)
         if args.loss == "labels":

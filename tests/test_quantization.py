@@ -422,6 +422,9 @@ def test_every_way_of_generating_works_with_the_fp8_cache():
     expected = rounded.generate(**batch, **options)
     for more in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 7}):
         assert torch.equal(model.generate(**batch, **options, **more), expected), more
+    # dropping visual tokens scores the keys that it reads from the cache
+    kept = model.generate(**batch, **options, visual_keep=0.5)
+    assert torch.equal(kept, rounded.generate(**batch, **options, visual_keep=0.5))
     beams = model.generate(**batch, **options, num_beams=2)
     assert torch.equal(beams, rounded.generate(**batch, **options, num_beams=2))
 
