@@ -56,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="auto", help="auto (all GPUs, else CPU), cpu, cuda, cuda:1, mps ...")
     group.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
                        help="attention kernel (default: the best that transformers finds)")  # fmt: skip
+    group.add_argument("--kv-cache", choices=("auto", "fp8", "model"), default="auto",
+                       help="keys and values: auto (FP8 where the checkpoint has scales for it), fp8, or the model's "
+                       "dtype")  # fmt: skip
     model = argparse.ArgumentParser(add_help=False, parents=[runtime])
     model.add_argument("--model", default="nano", help="nano (shipped), a checkpoint folder or a Hugging Face id")
 
@@ -363,7 +366,9 @@ def load_model(options):
     from modeling_omni.inference import load
 
     with contextlib.redirect_stdout(sys.stderr):  # some libraries greet on stdout, which is for answers
-        return load(options.model, options.dtype, options.device, options.attn)
+        model, processor = load(options.model, options.dtype, options.device, options.attn)
+    model.config.llm_config.kv_cache_dtype = options.kv_cache
+    return model, processor
 
 
 def media_options(options) -> dict:
@@ -534,16 +539,18 @@ def run_merge(options) -> int:
 
 
 def run_export(options) -> int:
-    from modeling_omni.quantized_export import calibrate, calibration_batches, calibration_sources, export_checkpoint
+    from modeling_omni import quantized_export as export
 
+    export.check_export(options.model, options.out, options.format)
     scales = None
     if options.format != "bf16":
-        sources = calibration_sources(options.model, options.data)
+        sources = export.calibration_sources(options.model, options.data)
         model, processor = load_model(options)
         note(f"calibrating on {options.rows} rows of {options.row_tokens} tokens of {len(sources)} source(s)")
-        scales = calibrate(model, calibration_batches(processor, sources, options.rows, options.row_tokens))
+        batches = export.calibration_batches(processor, sources, options.rows, options.row_tokens)
+        scales = export.calibrate(model, batches)
         del model
-    print(json.dumps(export_checkpoint(options.model, options.out, options.format, scales)), flush=True)
+    print(json.dumps(export.export_checkpoint(options.model, options.out, options.format, scales)), flush=True)
     return 0
 
 

@@ -290,6 +290,23 @@ def plain_stream(stored: StoredTensors, dtype: torch.dtype) -> Iterator:
             yield name, stored[name]
 
 
+def check_export(source: str | Path, out: str | Path, format: str) -> tuple[Path, dict]:
+    """Folder and config.json of the checkpoint `source`; raises as `export_checkpoint`, before calibration."""
+    folder, out = Path(os.path.expanduser(resolve_checkpoint(str(source)))), Path(out)
+    if format not in (*RECIPES, "bf16"):
+        raise OmniInputError(f"format {format!r} is unknown; give {', '.join(RECIPES)} or bf16")
+    if not (folder / "config.json").is_file():
+        raise OmniInputError(f"model {source}: no checkpoint folder (download one first, e.g. with `hf download`)")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OmniInputError(f"{out} is already there; give a new folder")
+    config = json.loads((folder / "config.json").read_text())
+    packed = "quantization_config" in config
+    if packed != (format == "bf16"):
+        what = "is packed already: export it as bf16 first" if packed else "is not packed: its weights are plain"
+        raise OmniInputError(f"model {source} {what}")
+    return folder, config
+
+
 def export_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -310,18 +327,8 @@ def export_checkpoint(
     Raises:
         OmniInputError: source, out or format do not fit, a full disk.
     """
-    folder, out = Path(os.path.expanduser(resolve_checkpoint(str(source)))), Path(out)
-    if format not in (*RECIPES, "bf16"):
-        raise OmniInputError(f"format {format!r} is unknown; give {', '.join(RECIPES)} or bf16")
-    if not (folder / "config.json").is_file():
-        raise OmniInputError(f"model {source}: no checkpoint folder (download one first, e.g. with `hf download`)")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OmniInputError(f"{out} is already there; give a new folder")
-    config = json.loads((folder / "config.json").read_text())
-    packed = "quantization_config" in config
-    if packed != (format == "bf16"):
-        what = "is packed already: export it as bf16 first" if packed else "is not packed: its weights are plain"
-        raise OmniInputError(f"model {source} {what}")
+    folder, config = check_export(source, out, format)
+    out = Path(out)
     partial = out.with_name(out.name + ".partial")
     layers: dict[str, str] = {}
     try:
