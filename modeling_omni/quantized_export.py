@@ -190,6 +190,16 @@ def quantization_config(layers: dict[str, str], recipe: str) -> dict:
     return config | {"ignore": []}
 
 
+def hf_quant_config(config: dict) -> dict:
+    """`quantization_config` -> hf_quant_config.json, which ModelOpt writes beside it and TensorRT-LLM reads."""
+    quantization = {"quant_algo": config["quant_algo"], "kv_cache_quant_algo": FP8}
+    if "quantized_layers" in config:
+        quantization["quantized_layers"] = config["quantized_layers"]
+    else:
+        quantization["exclude_modules"] = config["ignore"]
+    return {"producer": config["producer"], "quantization": quantization}
+
+
 # ---- files
 
 
@@ -352,14 +362,13 @@ def export_checkpoint(
 
             total = write_shards(counted(), partial, shard_bytes)
         if format != "bf16":
-            config["quantization_config"] = quantization_config(dict(sorted(layers.items())), format)
+            config["quantization_config"] = packing = quantization_config(dict(sorted(layers.items())), format)
+            (partial / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(packing), indent=2) + "\n")
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         for path in folder.iterdir():  # tokenizer, processor, template, licence; no code of others
-            if (
-                path.is_file()
-                and path.suffix in (".json", ".jinja", ".txt", ".md", ".model", "")
-                and (not (partial / path.name).exists() and path.name != "model.safetensors.index.json")
-            ):
+            kept = path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".md", ".model", "")
+            own = path.name in ("model.safetensors.index.json", "hf_quant_config.json")
+            if kept and not own and not (partial / path.name).exists():
                 shutil.copy2(path, partial / path.name)
         if out.exists():
             out.rmdir()

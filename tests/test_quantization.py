@@ -32,7 +32,13 @@ from modeling_omni.quantization import (
     set_input_quantization,
     unpack_e2m1,
 )
-from modeling_omni.quantized_export import calibrate, export_checkpoint, stored_as
+from modeling_omni.quantized_export import (
+    calibrate,
+    export_checkpoint,
+    hf_quant_config,
+    quantization_config,
+    stored_as,
+)
 from modeling_omni.quantized_loading import packed_layers
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -139,6 +145,16 @@ def test_inputs_are_rounded_with_calibrated_scales():
     assert torch.equal(fake, dequantize(quantize(x, NVFP4)))  # the same scales when calibration saw just these
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+def test_configs_are_those_that_modelopt_makes(recipe):
+    module = pytest.importorskip("modelopt.torch.export.convert_hf_config")
+    layers = {f"language_model.backbone.layers.{i}.mixer.in_proj": FP8 for i in (0, 4)}
+    if recipe == "nvfp4":
+        layers |= {f"language_model.backbone.layers.1.mixer.experts.{i}.up_proj": NVFP4 for i in range(12)}
+    config = quantization_config(layers, recipe)
+    assert module.convert_hf_quant_config_format(hf_quant_config(config)) == config
+
+
 # ---- sizes
 
 
@@ -222,7 +238,9 @@ def test_exported_checkpoints_load_packed_and_are_saved_as_they_were(checkpoint,
         assert torch.equal(again[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
     assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"] == config
     # plain weights from it: by file, and in memory
+    assert (tmp_path / "packed" / "hf_quant_config.json").is_file()
     export_checkpoint(tmp_path / "packed", tmp_path / "plain", "bf16")
+    assert not (tmp_path / "plain" / "hf_quant_config.json").exists()
     unpacked = OmniForConditionalGeneration.from_pretrained(tmp_path / "plain")
     state = unpacked.state_dict()
     in_memory = bf16.dequantize(torch.bfloat16).state_dict()
