@@ -28,7 +28,16 @@ from .configuration_omni import resolve_checkpoint
 from .media import OmniInputError
 from .modeling_language import LOSS_CHUNK, Experts
 from .modeling_omni import OmniForConditionalGeneration
-from .quantization import RECIPES, experts_one_by_one, fake_quantize, fake_quantize_input, format_of, scale_of
+from .quantization import (
+    GROUP,
+    NVFP4,
+    RECIPES,
+    experts_one_by_one,
+    fake_quantize,
+    fake_quantize_input,
+    format_of,
+    scale_of,
+)
 from .quantized_export import calibrate, calibration_batches, export_checkpoint
 from .training import SFTArguments, _key, train_sft
 
@@ -97,6 +106,9 @@ def fake_quantize_model(model: nn.Module, recipe: str, amax: dict[str, torch.Ten
         kind = next(iter(kinds))
         if kind is None:
             continue
+        widths = {getattr(module, part).shape[-1] for part in parts}
+        if kind == NVFP4 and any(width % GROUP for width in widths):
+            raise OmniInputError(f"{name}: NVFP4 needs multiples of {GROUP} columns, it has {sorted(widths)}")
         module.__class__ = FakeQuantizedExperts if stacked else FakeQuantizedLinear  # the same parameters
         module.kind = kind
         for part in parts:

@@ -79,17 +79,18 @@ def arguments(folder, start, **changes):
 
 
 def test_a_stage_recovers_resumes_and_leaves_a_packed_checkpoint(tmp_path):
-    changes = {"llm_config": LLM | {"hybrid_override_pattern": "ME*", "moe_intermediate_size": 32, "vocab_size": 512}}
+    changes = {"llm_config": LLM | {"hybrid_override_pattern": "ME*", "moe_intermediate_size": 32, "vocab_size": 512,
+                              "moe_shared_expert_intermediate_size": 48}}  # fmt: skip
     start = tiny_checkpoint(tmp_path / "start", **changes)
-    train_qad(arguments(tmp_path / "whole", start, steps=12))
+    train_qad(arguments(tmp_path / "whole", start, steps=8))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
     # killed after step 2 and started again: the same bits
     train_qad(arguments(tmp_path / "halves", start, steps=2))
     (tmp_path / "halves" / "final").rename(tmp_path / "old")
-    train_qad(arguments(tmp_path / "halves", start, steps=12))
+    train_qad(arguments(tmp_path / "halves", start, steps=8))
     whole, halves = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "halves"))
-    assert whole.keys() == halves.keys()
+    assert whole.keys() == halves.keys() and all(torch.equal(whole[name], halves[name]) for name in whole)
     packed = OmniForConditionalGeneration.from_pretrained(tmp_path / "whole" / "packed", dtype=torch.float32).eval()
     assert packed.model.language_model.layers[2].mixer.q_proj.weight.dtype == torch.uint8
     assert "qad" in (tmp_path / "whole" / "final" / "README.md").read_text()
@@ -103,6 +104,7 @@ def test_a_stage_recovers_resumes_and_leaves_a_packed_checkpoint(tmp_path):
 def test_stages_that_cannot_be(tmp_path):
     for changes, match in (
         ({"format": "int4"}, "format"),
+        ({"format": "nvfp4_all", "model": tiny_checkpoint(tmp_path / "odd"), "output_dir": str(tmp_path / "a")}, "16"),
         ({"loss": "mse"}, "loss"),
         ({"lora": {"r": 4}}, "lora"),
         ({"context_parallel": 2}, "context_parallel"),
