@@ -13,6 +13,7 @@ Shape legend: B rows, S tokens, N trained tokens, D hidden size, V vocabulary.
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,7 +218,8 @@ def train_qad(args: QADArguments) -> None:
     kind = "divergence from " + str(args.teacher or args.model) if args.loss == "kl" else "cross-entropy of labels"
     how = f"`train.py qad` (format {args.format}, {kind}): {args.steps} steps of {args.global_batch_size} rows"
     train_sft(args, prepare, how)
-    if int(os.environ.get("RANK", 0)) == 0 and not (folder / "packed").exists():
+    if int(os.environ.get("RANK", 0)) == 0:
+        shutil.rmtree(folder / "packed", ignore_errors=True)  # of fewer steps
         export_checkpoint(folder / "final", folder / "packed", args.format, load_file(folder / SCALES))
 
 
