@@ -1,4 +1,4 @@
-"""Inference from the command line: ask, chat, batches, a server, held-out scores, comparisons, merging of adapters."""
+"""Inference from the command line: ask, chat, batches, a server, held-out scores, merging, FP8 and NVFP4."""
 
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   python infer.py eval --suite tables --samples 20 --out runs/tables
   python infer.py compare --models nano runs/nano/rl/omni_rl/final --samples 100 --out compared.json
   python infer.py merge --adapter runs/lora/final --out merged
+  python infer.py export --format nvfp4 --out nano-nvfp4
 """
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -55,6 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="auto", help="auto (all GPUs, else CPU), cpu, cuda, cuda:1, mps ...")
     group.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
                        help="attention kernel (default: the best that transformers finds)")  # fmt: skip
+    group.add_argument("--kv-cache", choices=("auto", "fp8", "model"), default="auto",
+                       help="keys and values: auto (FP8 where the checkpoint has scales for it), fp8, or the model's "
+                       "dtype")  # fmt: skip
     model = argparse.ArgumentParser(add_help=False, parents=[runtime])
     model.add_argument("--model", default="nano", help="nano (shipped), a checkpoint folder or a Hugging Face id")
 
@@ -105,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infer.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = "ask | chat | batch | serve | eval | compare | merge"
+    names = "ask | chat | batch | serve | eval | compare | merge | export"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ask = commands.add_parser(
@@ -178,8 +182,9 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", parents=[model, media, generation, reasoning], help="benchmarks, held-out skills, the paper's tables",
         description="Scores with a 95 % interval, as a Markdown table on stdout: of benchmarks in JSONL files "
         "(--data), of nano's held-out skills (--suite nano, the default; only --think and the reasoning flags change "
-        "how it answers), or the paper's tables of budgets, tubelets and EVS (--suite tables), on nano or on --data. "
-        "Killed and started again with the same --out, --data and --suite tables go on where they were.",
+        "how it answers), or the paper's tables: of budgets, tubelets and EVS (--suite tables, on nano or on --data), "
+        "of FP8 and NVFP4 (--suite quantization, nano's skills). Killed and started again with the same --out, all but "
+        "--suite nano go on where they were.",
     )  # fmt: skip
     group = evaluate.add_argument_group("benchmarks and tables")
     group.add_argument("--data", nargs="+", metavar="[NAME=]FILE", help="JSONL rows with 'prompt' or 'messages', "
@@ -195,6 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
     tables = ("modes", "11", "12", "13")
     group.add_argument("--tables", nargs="+", metavar="TABLE", choices=tables, default=tables,
                        help="of --suite tables (default: modes 11 12 13)")  # fmt: skip
+    group.add_argument("--formats", nargs="+", metavar="FORMAT", default=["bf16", "fp8", "nvfp4"], help="of --suite "
+                       "quantization: bf16, fp8, nvfp4, nvfp4_all, folders of packed checkpoints (default: the first "
+                       "three); --data are its calibration rows")  # fmt: skip
     group.add_argument("--budgets", nargs="+", type=int, metavar="N", help="of Table 11 (default: from 13/16 of "
                        "--max-new-tokens down to 0)")  # fmt: skip
     group.add_argument("--table-frames", nargs="+", type=positive, metavar="N", help="frames of Tables 12 and 13 "
@@ -213,7 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
                          "one that the others are compared with")  # fmt: skip
     compare.set_defaults(run=run_compare)
     for command in (evaluate, compare):
-        suites = ("nano", "tables") if command is evaluate else ("nano",)
+        suites = ("nano", "tables", "quantization") if command is evaluate else ("nano",)
         command.add_argument("--suite", choices=suites, default="nano", help="which tests (default: nano)")
         command.add_argument("--skills", help="comma-separated (default: all)")
         command.add_argument("--samples", type=positive, help="held-out samples per skill (default: 100), rows of a "
@@ -237,6 +245,21 @@ def build_parser() -> argparse.ArgumentParser:
                        "one that the adapter names)")  # fmt: skip
     merge.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
     merge.set_defaults(run=run_merge)
+
+    export = commands.add_parser(
+        "export", parents=[model], help="a checkpoint in FP8 or NVFP4, or back in bfloat16",
+        description="Writes a checkpoint in the released FP8 or NVFP4 layout, scales of inputs and of the KV cache "
+        "calibrated on a few rows, or a packed one back in bfloat16 (--format bf16, no calibration). Weights are read "
+        "and written shard by shard. Sizes go to stdout as JSON.",
+    )  # fmt: skip
+    export.add_argument("--format", required=True, choices=("fp8", "nvfp4", "nvfp4_all", "bf16"), help="fp8, nvfp4: "
+                        "the paper's recipes; nvfp4_all: all linear layers of the language model in NVFP4")  # fmt: skip
+    export.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    export.add_argument("--data", nargs="+", metavar="SOURCE", help="calibration rows as for training: JSONL files, "
+                        "nano:<skill> ... (default for nano: its skills)")  # fmt: skip
+    export.add_argument("--rows", type=positive, default=32, metavar="N", help="packed rows to calibrate on (32)")
+    export.add_argument("--row-tokens", type=positive, default=2048, metavar="N", help="tokens of a row (2048)")
+    export.set_defaults(run=run_export)
     return parser
 
 
@@ -343,7 +366,9 @@ def load_model(options):
     from modeling_omni.inference import load
 
     with contextlib.redirect_stdout(sys.stderr):  # some libraries greet on stdout, which is for answers
-        return load(options.model, options.dtype, options.device, options.attn)
+        model, processor = load(options.model, options.dtype, options.device, options.attn)
+    model.config.llm_config.kv_cache_dtype = options.kv_cache
+    return model, processor
 
 
 def media_options(options) -> dict:
@@ -510,6 +535,22 @@ def run_merge(options) -> int:
     from modeling_omni.lora import merge_adapter
 
     print(merge_adapter(options.adapter, options.out, options.model, progress=sys.stderr.isatty()), flush=True)
+    return 0
+
+
+def run_export(options) -> int:
+    from modeling_omni import quantized_export as export
+
+    export.check_export(options.model, options.out, options.format)
+    scales = None
+    if options.format != "bf16":
+        sources = export.calibration_sources(options.model, options.data)
+        model, processor = load_model(options)
+        note(f"calibrating on {options.rows} rows of {options.row_tokens} tokens of {len(sources)} source(s)")
+        batches = export.calibration_batches(processor, sources, options.rows, options.row_tokens)
+        scales = export.calibrate(model, batches)
+        del model
+    print(json.dumps(export.export_checkpoint(options.model, options.out, options.format, scales)), flush=True)
     return 0
 
 

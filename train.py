@@ -5,6 +5,7 @@ Commands:
     mpo     one stage of preference optimization on pairs of answers (paper 3.2.1)
     gspo    one stage of reinforcement learning with verifiable rewards (paper 3.2.2 to 3.2.5)
     distill one stage of on-policy distillation from a teacher per domain
+    qad     quantisation-aware distillation: a student in FP8 or NVFP4 from its own teacher (paper 4.7)
     filter  keeps the prompts whose pass rate under a stage's initial policy is right (paper 3.2.3, 3.2.4)
     pairs   preference pairs by rejection sampling, for `mpo`
     tower   pre-training of nano's vision or audio tower on dense labels
@@ -27,6 +28,7 @@ FINISHED = {
     "mpo": "final/README.md",
     "gspo": "final/README.md",
     "distill": "final/README.md",
+    "qad": "packed/config.json",
     "filter": "prompts.jsonl",
     "pairs": "pairs.jsonl",
     "tower": "step-{steps}",
@@ -100,6 +102,11 @@ def main() -> None:
         from modeling_omni.training import load_arguments
 
         train_distill(load_arguments(DistillArguments, argv))
+    elif command == "qad":
+        from modeling_omni.qad import QADArguments, train_qad
+        from modeling_omni.training import load_arguments
+
+        train_qad(load_arguments(QADArguments, argv))
     elif command == "filter":
         from modeling_omni.rollouts import FilterArguments, filter_prompts
         from modeling_omni.training import load_arguments

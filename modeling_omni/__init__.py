@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForMultimodalLM,
 )
 
+from . import quantized_loading  # noqa: F401  so that transformers knows FP8 and NVFP4 checkpoints
 from .configuration_omni import MODEL_TYPE, OmniAudioConfig, OmniConfig, OmniTextConfig, OmniVisionConfig
 from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import OmniImageProcessor

@@ -51,6 +51,8 @@ class OmniTextConfig(PreTrainedConfig):
         mtp_hybrid_override_pattern (`str`): the layers of such a head, letters as above without `M`;
             `mtp_layers_block_type`, a list, is accepted instead.
         mamba_ssm_cache_dtype (`str`): dtype of the recurrent state kept between steps (paper 4.7: float32).
+        kv_cache_dtype (`str`): keys and values are cached in FP8 (paper 4.7): `"auto"`, where the checkpoint has scales
+            for it; `"fp8"`, always, with scale 1 where it has none; `"model"`, never. Read when needed, never saved.
         kernels (`str`): `"auto"`, `"torch"` or `"cuda"`: whether tensors on a GPU go through the kernels of other
             packages (see `ssd.cuda_kernels`). A choice of the machine: it is read when it matters and never saved.
     """
@@ -116,6 +118,7 @@ class OmniTextConfig(PreTrainedConfig):
     residual_in_fp32: bool = False
     rescale_prenorm_residual: bool = True
     initializer_range: float = 0.02
+    kv_cache_dtype: str = "auto"
     kernels: str = "auto"
 
     def __post_init__(self, **kwargs):
@@ -145,11 +148,13 @@ class OmniTextConfig(PreTrainedConfig):
                 f"{len(self.hybrid_override_pattern)} letters"
             )
         self.num_hidden_layers = len(self.hybrid_override_pattern)
+        if self.kv_cache_dtype not in ("auto", "fp8", "model"):
+            raise ValueError(f"kv_cache_dtype must be 'auto', 'fp8' or 'model', got {self.kv_cache_dtype!r}")
         super().__post_init__(**kwargs)
 
     def to_dict(self):
         output = super().to_dict() | {"norm_eps": self.layer_norm_epsilon}  # the released config holds both names
-        output.pop("kernels", None)
+        output.pop("kernels", None), output.pop("kv_cache_dtype", None)
         if not self.num_nextn_predict_layers:  # as released: checkpoints without such heads do not name them
             output.pop("num_nextn_predict_layers", None), output.pop("mtp_hybrid_override_pattern", None)
         if output.get("architectures") == ["OmniForCausalLM"]:
@@ -394,6 +399,10 @@ class OmniConfig(PreTrainedConfig):
         output = super().to_dict()
         # The released string, so that vLLM and NVIDIA's tools take a fine-tune as they take the original.
         output["architectures"] = [MODEL_TYPE]
+        # likewise those of the parts, by which llama.cpp's converter finds them
+        for part, name in (("llm_config", "NemotronHForCausalLM"), ("vision_config", "RADIOModel")):
+            if isinstance(output.get(part), dict):
+                output[part]["architectures"] = [name]
         return output
 
 

@@ -52,6 +52,8 @@ def write_result(options, names: tuple[str, ...], started: float, device: str, *
 
 
 def run_eval(options, load_model, note) -> int:
+    if options.suite == "quantization":
+        return run_quantization(options, note)
     if options.data or options.suite == "tables":
         return run_benchmarks(options, load_model, note)
     names = ("max_new_tokens", "temperature", "top_p", "frames", "fps", "video_pruning_rate", "max_media_tokens")
@@ -130,6 +132,27 @@ def run_tables(options, load, note, folder: Path, data: dict[str, str], chosen: 
     about = {"model": options.model, "samples": options.samples or 100, "seed": options.seed} | provenance()
     markdown = "\n\n".join(table_markdown(table) for table in tables)
     save_results(folder, tables, about, markdown)
+    print(markdown, flush=True)
+    return 0
+
+
+def run_quantization(options, note) -> int:
+    """`eval --suite quantization`."""
+    from .evaluation_quantization import quantization_markdown, quantization_table
+    from .nano_data import SKILLS
+
+    if not options.out:
+        raise OmniInputError("--suite quantization needs --out, a folder for the packed checkpoints and scores")
+    skills = [skill.strip() for skill in options.skills.split(",")] if options.skills else list(SKILLS)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    table = quantization_table(
+        options.model, folder, options.formats, skills, options.samples or 100, options.data,
+        progress=lambda text: note(text, dim=True), show=sys.stderr.isatty(), batch_size=options.batch_size,
+        first_seed=options.seed,
+    )  # fmt: skip
+    markdown = quantization_markdown(table)
+    save_results(folder, table, {"model": options.model} | provenance(), markdown)
     print(markdown, flush=True)
     return 0
 

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_omni import OmniTextConfig
 from .kernels import causal_attention, gated_group_rms_norm, linear, relu2, rms_norm, routed_experts
+from .quantization import decode_cache, encode_cache, kv_scales
 from .ssd import causal_conv1d, causal_conv1d_step, ssd_advance, ssd_scan, ssd_step
 
 LOSS_CHUNK = 1024  # trained tokens whose logits exist at a time
@@ -280,9 +281,14 @@ class OmniAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if cache is not None:
+            scales = kv_scales(self)  # in FP8 all keys are read as they are kept, the new ones too
+            if scales is not None:
+                key, value = encode_cache(key, scales[0]), encode_cache(value, scales[1])
             key, value = cache.update(key, value, self.layer_idx)
             if keys is not None:
                 key, value = key[:, :, :keys], value[:, :, :keys]
+            if scales is not None:
+                key, value = (decode_cache(codes, scale, query.dtype) for codes, scale in zip((key, value), scales))
         dropout = self.config.attention_dropout if self.training else 0.0
         if context is not None:
             return self.o_proj(context.attend(query, key, value, self.head_dim**-0.5, dropout).flatten(2))

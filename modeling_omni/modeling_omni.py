@@ -402,6 +402,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
     """
 
     model_class = OmniModel
+    label_loss = staticmethod(chunked_cross_entropy)  # with labels; qad.py puts a teacher's divergence in its place
     min_loss_chunks = 0  # see `chunked_cross_entropy`
     mtp_loss_weight = 0.1  # of the draft heads' loss beside the trunk's
     mtp_depth = 1  # drafts in a row that are learnt, if there are not more heads
@@ -519,9 +520,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         hidden = output.last_hidden_state
         loss = None
         if labels is not None and (hidden.requires_grad or not drafting):
-            loss = chunked_cross_entropy(
-                hidden, self.lm_head, labels, num_items_in_batch, min_chunks=self.min_loss_chunks
-            )
+            loss = self.label_loss(hidden, self.lm_head, labels, num_items_in_batch, min_chunks=self.min_loss_chunks)
         if drafting:
             parts = (self.mtp, self.lm_head, hidden, inputs_embeds, labels, attention_mask, seq_idx, num_items_in_batch)
             drafts_loss = mtp_loss(*parts, max(self.mtp_depth, self.mtp.depths), self.min_loss_chunks)

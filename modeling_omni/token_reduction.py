@@ -33,6 +33,7 @@ from .configuration_omni import TYPE_TEXT as TEXT
 from .configuration_omni import TYPE_VIDEO as VIDEO
 from .media import OmniInputError
 from .modeling_language import attention_inputs
+from .quantization import decode_cache, kv_scales
 
 SCORINGS = ("query", "random", "uniform")
 SCORED_KINDS = "M*"  # layers of `hybrid_override_pattern` that mix tokens
@@ -306,6 +307,9 @@ def layer_scores(
     asking = normed.gather(1, question_BT[..., None].expand(-1, -1, normed.shape[-1]))
     query = layer.mixer.q_proj(asking).unflatten(-1, (-1, layer.mixer.head_dim)).transpose(1, 2)
     keys = cache.layers[layer.mixer.layer_idx].keys
+    scales = kv_scales(layer.mixer)
+    if scales is not None:
+        keys = decode_cache(keys, scales[0], query.dtype)
     return attention_scores(query, keys, valid_BL, question_BT, asks_BT)
 
 

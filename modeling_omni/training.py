@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -339,8 +340,14 @@ def settle_data(args: SFTArguments, processor, accelerator: Accelerator) -> None
 # ---- training ----
 
 
-def train_sft(args: SFTArguments) -> None:
-    """Runs one SFT stage; started again with the same `output_dir` it goes on where it was."""
+def train_sft(args: SFTArguments, prepare: Callable | None = None, how: str | None = None) -> None:
+    """Runs one SFT stage; started again with the same `output_dir` it goes on where it was.
+
+    Args:
+        prepare: called with model, processor and device before the optimizers are made, changes the model in place;
+            what it returns is called with every micro-batch before the model is (qad.py).
+        how: the command and what it does, for the model card.
+    """
     from .processing_omni import OmniProcessor
 
     folder = Path(args.output_dir)
@@ -369,6 +376,7 @@ def train_sft(args: SFTArguments) -> None:
     elif args.lora is not None:
         torch.manual_seed(args.seed)
         model = add_lora(model, args.lora)
+    before = prepare(model, processor, accelerator.device) if prepare is not None else None
     recompute_activations(model, args.recompute)
     optimizers = make_optimizers(parameter_groups(model, args), args.optimizer)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -438,6 +446,8 @@ def train_sft(args: SFTArguments) -> None:
         loss_sum = 0.0
         for number, batch in enumerate(batches):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+            if before is not None:
+                before(batch)
             with distributed.microbatch(accelerator, model, number == len(batches) - 1):
                 output = model(**batch, use_cache=False, skip_logits=True, num_items_in_batch=max(tokens, 1) / world)
                 distributed.backward(accelerator, model, output.loss)
@@ -489,7 +499,7 @@ def train_sft(args: SFTArguments) -> None:
         processor.save_pretrained(folder / "final")
     table = evaluate(accelerator, model, processor, args, folder, step, previews)
     if main:
-        write_model_card(folder, args, table)
+        write_model_card(folder, args, table, how)
     accelerator.end_training()
 
 
