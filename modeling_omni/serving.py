@@ -12,7 +12,6 @@ import secrets
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
 
 import torch
 import uvicorn
@@ -25,7 +24,7 @@ from starlette.routing import Route
 
 from .generation_rows import Row
 from .inference import AnswerSplitter, opens_thought
-from .media import MediaLimits, OmniInputError
+from .limits import OmniInputError, ServerLimits
 from .openai_request import Asked, RequestError, read_request
 from .serving_queue import QueueFull, ServingQueue
 from .tool_calls import parse_tool_call
@@ -35,35 +34,6 @@ logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEEP_ALIVE = 15.0  # seconds between comments on a stream that waits, so that no proxy closes it
 JSON = "application/json"
-
-
-@dataclass
-class ServerLimits:
-    """What a server takes on, with the defaults."""
-
-    max_body_bytes: int = 64 * 1024**2
-    body_seconds: float = 60.0  # for a request to arrive
-    max_messages: int = 1024
-    max_media: int = 64  # items of a request
-    max_new_tokens: int | None = None  # of a request; None: as far as the context goes
-    context: int | None = None  # tokens of prompt and answer; None: max_position_embeddings
-    seconds: float = 600.0  # from arrival to the last token
-    max_batch: int = 8
-    batch_tokens: int = 65_536
-    max_waiting: int = 64
-    encoders: int = 2  # requests decoded and encoded at a time
-    media: MediaLimits = field(
-        default_factory=lambda: MediaLimits(
-            max_bytes=64 * 1024**2,
-            max_url_bytes=64 * 1024**2,
-            max_video_bytes=1024**3,
-            max_video_frames=512,
-            max_audio_seconds=3600.0,
-            max_video_seconds=3600.0,
-            timeout=60.0,
-            allow_paths=False,  # a client's "path" is never a file of the server
-        )
-    )
 
 
 class StopFinder:
