@@ -8,7 +8,7 @@ that names the item, the limit and its field here. Three ways to set one:
 - on the command line: `--limit timeout=60 --limit max_image_pixels=2e7` of ask, chat, batch, serve and eval;
 - for every process, training too: OMNI_LIMITS="timeout=60 max_image_side=4096" in the environment.
 
-Limits that are part of a meaning stand with it: tokens of a prompt (`degrade.prompt_limit`), of a training row
+`MAX_NESTING` is fixed. Limits that are part of a meaning stand with it: tokens of a prompt (`degrade.prompt_limit`), of a training row
 (`row_tokens`), stop strings and tools of a request (`openai_request.py`).
 """
 
@@ -19,10 +19,17 @@ from dataclasses import dataclass, field, fields
 from functools import lru_cache
 
 VARIABLE = "OMNI_LIMITS"
+MAX_NESTING = 64  # levels of lists and objects in tools, their arguments and results
 
 
 class OmniInputError(ValueError):
     """Input that is refused: item, what was wrong, the limit, what to do next."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for that is not there: Python's error, a GPU's, or a plain RuntimeError on the CPU."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return "MemoryError" in names or "OutOfMemoryError" in names or "can't allocate memory" in str(error)
 
 
 @dataclass
@@ -33,8 +40,7 @@ class MediaLimits:
     max_bytes: int = 4 * 1024**3  # of a file, bytes object or data: URL
     max_url_bytes: int = 512 * 1024**2  # of a download
     max_decoded_bytes: int = 16 * 1024**3  # of all pixels and samples of a conversation, before they are resized
-    max_text_chars: int = 32_000_000  # of a conversation, its marks included
-    max_nesting: int = 64  # levels of lists and objects in tools and their arguments
+    max_text_chars: int = 16_000_000  # of a conversation (about a second of CPU a million)
     max_image_pixels: int = 80_000_000  # width * height of an image
     max_image_side: int = 32_768  # longer side of an image, in pixels
     max_image_scans: int = 100  # of a JPEG, each of which goes over all its pixels; cameras write about ten
@@ -49,6 +55,7 @@ class MediaLimits:
     min_audio_rate: int = 1_000  # Hz
     max_audio_rate: int = 768_000  # Hz
     timeout: float = 300.0  # seconds of wall clock that decoding one item may take
+    total_timeout: float = 1800.0  # and all items of a conversation together
     url_timeout: float = 30.0  # seconds that one download may take, redirects included
     max_redirects: int = 5
     allow_paths: bool = True  # False: strings are never file names (a server with foreign requests)
@@ -82,13 +89,14 @@ def server_media_limits() -> MediaLimits:
             max_bytes=64 * 1024**2,
             max_url_bytes=64 * 1024**2,
             max_decoded_bytes=2 * 1024**3,
-            max_text_chars=8_000_000,
+            max_text_chars=4_000_000,
             max_video_bytes=1024**3,
             max_video_frames=512,
             max_video_packets=500_000,
             max_audio_seconds=3600.0,
             max_video_seconds=3600.0,
             timeout=60.0,
+            total_timeout=120.0,
             allow_paths=False,  # a client's "path" is never a file of the server
         ),
         os.environ.get(VARIABLE, "").split(),
@@ -134,4 +142,4 @@ def with_limits(limits: MediaLimits, settings: list[str]) -> MediaLimits:
     return limits
 
 
-__all__ = ["MediaLimits", "OmniInputError", "ServerLimits", "default_limits", "with_limits"]
+__all__ = ["MediaLimits", "OmniInputError", "ServerLimits", "default_limits", "is_out_of_memory", "with_limits"]
