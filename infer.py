@@ -340,7 +340,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def out_of_memory(error: Exception) -> str:
     return (
-        f"error: out of memory ({(str(error) or type(error).__name__).splitlines()[0]}); lower --max-prompt-tokens or --frames, or give "
+        f"error: out of memory ({(str(error) or 'MemoryError').splitlines()[0]}); lower --max-prompt-tokens or --frames, or give "
         "--prefill-chunk-size"
     )
 

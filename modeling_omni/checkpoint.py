@@ -18,6 +18,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 
 from .limits import OmniInputError
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, as the library has it
 
 # (released name, our name). Order matters when saving: the first rule that fits wins.
@@ -86,7 +87,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
         found = f"only {pickled[0]}, which is pickled and is never read" if pickled else "none"
         raise OmniInputError(f"{folder}: has no model.safetensors or its index ({found}); save it as safetensors")
     try:
@@ -98,7 +99,7 @@ def weight_files(folder: str | Path) -> list[Path]:
         raise OmniInputError(f"{index}: names files that are no safetensors files of this folder; copy it again")
     missing = sorted(name for name in names if not (folder / name).is_file())
     if missing:
-        raise OmniInputError(f"{folder}: {len(missing)} of {len(names)} shards are missing ({missing[0]}); copy them too")
+        raise OmniInputError(f"{folder}: {len(missing)} of {len(names)} shards are missing ({missing[0]}); copy them")
     return [folder / name for name in sorted(names)]
 
 
@@ -122,7 +123,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
             raise ValueError(f"{size} of {end} bytes")
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise OmniInputError(f"{path}: is truncated or no safetensors file ({reason}); copy or download it again") from error
+        raise OmniInputError(f"{path}: is truncated or no safetensors file ({reason}); copy it again") from error
     except OSError as error:
         raise OmniInputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
     return shapes
@@ -148,8 +149,8 @@ def check_weights(folder: str | Path, model: torch.nn.Module, whole: bool = True
     for name, shape in expected.items():
         if name in found and found[name][0] != shape:
             raise OmniInputError(
-                f"{found[name][1]}: {name} has shape {list(found[name][0])}, by its config.json it is {list(shape)}; take "
-                "config.json and weights from one checkpoint"
+                f"{found[name][1]}: {name} has shape {list(found[name][0])}, by its config.json it is {list(shape)}; "
+                "take config.json and weights from one checkpoint"
             )
     skipped = [re.compile(pattern) for pattern in (*IGNORED_ON_LOAD, *(model._keys_to_ignore_on_load_missing or ()))]
     for names, problem in (

@@ -1,15 +1,15 @@
 """Every limit on what comes from outside, with its default and how to set it; and the one exception type for input.
 
-`MediaLimits` bounds one conversation wherever it is read: library, command line, server, demo and training. `ServerLimits`
-bounds a server, and has stricter `MediaLimits` of its own. What is over a limit is refused with an `OmniInputError`
-that names the item, the limit and its field here. Three ways to set one:
+`MediaLimits` bounds one conversation wherever it is read: library, command line, server, demo and training;
+`ServerLimits` bounds a server, and has stricter `MediaLimits` of its own. What is over a limit is refused with an
+`OmniInputError` that names the item, the limit and its field here. Three ways to set one:
 
-- in Python: `media_limits=MediaLimits(timeout=60)` of the processor's calls, `limits=` of the loaders and `ServerLimits`;
+- in Python: `media_limits=MediaLimits(timeout=60)` of the processor's calls, `limits=` of the loaders and `Server`;
 - on the command line: `--limit timeout=60 --limit max_image_pixels=2e7` of ask, chat, batch, serve and eval;
 - for every process, training too: OMNI_LIMITS="timeout=60 max_image_side=4096" in the environment.
 
-`MAX_NESTING` is fixed. Limits that are part of a meaning stand with it: tokens of a prompt (`degrade.prompt_limit`), of a training row
-(`row_tokens`), stop strings and tools of a request (`openai_request.py`).
+`MAX_NESTING` is fixed. Limits that are part of a meaning stand with it: tokens of a prompt (`degrade.prompt_limit`),
+of a training row (`row_tokens`), stop strings and tools of a request (`openai_request.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MediaLimits:
     max_video_pixels: int = 8192 * 4320  # width * height of a video frame
     max_video_frames: int = 2048  # frames kept of one video
     max_video_bytes: int = 4 * 1024**3  # of the kept frames, uint8 RGB
-    max_video_packets: int = 2_000_000  # frames that a video may hold (5.5 hours at 100 fps), samples that a track claims
+    max_video_packets: int = 2_000_000  # frames of a video (5.5 hours at 100 fps), samples that a track claims
     max_video_edits: int = 100  # entries of an MP4's edit list, which may show one piece many times
     max_video_seconds: float = 5.5 * 3600  # of the chosen window of a video
     max_audio_seconds: float = 5.5 * 3600
