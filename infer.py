@@ -340,8 +340,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def out_of_memory(error: Exception) -> str:
     return (
-        f"error: out of memory ({(str(error) or 'MemoryError').splitlines()[0]}); lower --max-prompt-tokens or --frames, or give "
-        "--prefill-chunk-size"
+        f"error: out of memory ({(str(error) or 'MemoryError').splitlines()[0]}); lower --max-prompt-tokens or "
+        "--frames, or give --prefill-chunk-size"
     )
 
 
