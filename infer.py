@@ -77,7 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
                        "model's context less --max-new-tokens)")  # fmt: skip
     group.add_argument("--audio-from-video", choices=("auto", "on", "off"), default="auto",
                        help="hear a video's sound: where it has any, always (else an error), never")  # fmt: skip
-    group.add_argument("--allow-urls", action="store_true", help="let http(s) URLs stand for files")
+    group.add_argument("--allow-urls", action="store_true",
+                       help="let http(s) URLs stand for files; those of private addresses stay refused")  # fmt: skip
+    group.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
+                       help="another limit on media and text, such as timeout=60; all of them, with their defaults: "
+                       "modeling_omni/limits.py; may be repeated")  # fmt: skip
 
     asking = argparse.ArgumentParser(add_help=False)
     group = asking.add_argument_group("prompt and seed")
@@ -352,13 +356,15 @@ def check_reasoning(model, options) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"  # torch's, whose import would slow --help down
+    from modeling_omni.limits import is_out_of_memory  # not above: the package would slow --help down
+
+    return is_out_of_memory(error)
 
 
 def out_of_memory(error: Exception) -> str:
     return (
-        f"error: out of device memory ({str(error).splitlines()[0]}); lower --max-prompt-tokens or --frames, or give "
-        "--prefill-chunk-size"
+        f"error: out of memory ({(str(error) or 'MemoryError').splitlines()[0]}); lower --max-prompt-tokens or "
+        "--frames, or give --prefill-chunk-size"
     )
 
 
@@ -372,15 +378,25 @@ def load_model(options):
 
 
 def media_options(options) -> dict:
-    from modeling_omni.media import MediaLimits
-
-    limits = MediaLimits(allow_urls=options.allow_urls)
+    limits = given_limits(options)
     sampling = {"frames": options.frames, "fps": options.fps, "audio_from_video": options.audio_from_video}
     return sampling | {"limits": limits}
 
 
+def given_limits(options, limits=None):
+    """`default_limits()`, or `limits`, with --allow-urls and --limit."""
+    from dataclasses import replace
+
+    from modeling_omni.limits import default_limits, with_limits
+
+    limits = replace(limits or default_limits())
+    limits.allow_urls = options.allow_urls or limits.allow_urls
+    return with_limits(limits, options.limit)
+
+
 def prompt_options(options) -> dict:
-    return {"video_pruning_rate": options.video_pruning_rate, "max_media_tokens": options.max_media_tokens}
+    chosen = {"video_pruning_rate": options.video_pruning_rate, "max_media_tokens": options.max_media_tokens}
+    return chosen | {"media_limits": given_limits(options)}
 
 
 # ------------------------------------------------------------------------------------------------------ commands
@@ -471,9 +487,8 @@ def run_chat(options) -> int:
 
 def run_batch(options) -> int:
     from modeling_omni.batch_inference import run_batch
-    from modeling_omni.media import MediaLimits
 
-    limits = MediaLimits(allow_urls=options.allow_urls)
+    limits = given_limits(options)
     sampling = {"num_frames": options.frames, "fps": options.fps, "media_limits": limits}
     model, processor = load_model(options)
     check_reasoning(model, options)
@@ -502,7 +517,7 @@ def run_serve(options) -> int:
         names = ("max_batch", "batch_tokens", "max_waiting", "max_media", "max_new_tokens")
         limits = ServerLimits(seconds=options.max_seconds, **{name: getattr(options, name) for name in names})
         limits.max_body_bytes = limits.media.max_bytes = limits.media.max_url_bytes = options.max_body_mb * 1024**2
-        limits.media.allow_urls = options.allow_urls
+        limits.media = given_limits(options, limits.media)
         names = ("temperature", "top_p", "reasoning_budget", "reasoning_grace", "fps", "video_pruning_rate")
         defaults = {name: getattr(options, name) for name in (*names, "max_media_tokens", "max_prompt_tokens")}
         defaults |= {"thinking": options.think, "num_frames": options.frames}

@@ -10,6 +10,7 @@ with a path, a data: URL or a list of them, in the prompt in the order of the ke
 the folder of the file.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -142,12 +143,19 @@ class Results:
 
     def write(self, records: list[dict]) -> None:
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        self.file.write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write("".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise OmniInputError(
+                f"--out {self.path}: cannot be written ({error.strerror or error}); free the disk and start the same "
+                "command again: it goes on behind the last whole line"
+            ) from error
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which `write` has told
+            self.file.close()
 
 
 def request_of(

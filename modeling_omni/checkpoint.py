@@ -6,12 +6,20 @@ NVIDIA's tools take a fine-tune as they take the original. Experts are one tenso
 parameters per layer in memory.
 """
 
+import json
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+
+from .limits import OmniInputError
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_HEADER = 100_000_000  # bytes of a safetensors header, as the library has it
 
 # (released name, our name). Order matters when saving: the first rule that fits wins.
 RENAMES = [
@@ -66,3 +74,89 @@ def released_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, tor
             yield f"{layer}{stacked}{number}.{part}.weight", expert
     else:
         yield name, tensor
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, those of its index where it has shards; none is read yet.
+
+    Raises:
+        OmniInputError: no safetensors file, an index that is broken or points outside the folder, a missing shard.
+    """
+    folder = Path(folder)
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+        found = f"only {pickled[0]}, which is pickled and is never read" if pickled else "none"
+        raise OmniInputError(f"{folder}: has no model.safetensors or its index ({found}); save it as safetensors")
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        plain = bool(names) and all(isinstance(name, str) and name == os.path.basename(name) for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise OmniInputError(f"{index}: is no index of weights ({type(error).__name__}); copy it again") from error
+    if not plain or not all(name.endswith(".safetensors") for name in names):
+        raise OmniInputError(f"{index}: names files that are no safetensors files of this folder; copy it again")
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise OmniInputError(f"{folder}: {len(missing)} of {len(names)} shards are missing ({missing[0]}); copy them")
+    return [folder / name for name in sorted(names)]
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file, whose size is checked against them; no weight is read.
+
+    Raises:
+        OmniInputError: it is truncated or something else.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise ValueError(f"its header would have {length} of {size} bytes")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        if end != size:
+            raise ValueError(f"{size} of {end} bytes")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise OmniInputError(f"{path}: is truncated or no safetensors file ({reason}); copy it again") from error
+    except OSError as error:
+        raise OmniInputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+    return shapes
+
+
+def check_weights(folder: str | Path, model: torch.nn.Module, whole: bool = True) -> None:
+    """Compares the names and shapes in a folder with those of `model` (on the meta device) before anything is loaded,
+    so that a configuration that lies about sizes reserves no memory. Draft heads may be missing, and what
+    `IGNORED_ON_LOAD` says may be more.
+
+    Args:
+        whole: compare; else, as for checkpoints with packed weights, only the files themselves are looked at.
+
+    Raises:
+        OmniInputError: see `weight_files` and `read_header`; tensors that are missing, of another shape, or unknown.
+    """
+    found = {name: (shape, path) for path in weight_files(folder) for name, shape in read_header(path).items()}
+    expected = {}
+    for ours, tensor in model.state_dict().items():
+        expected.update((name, tuple(part.shape)) for name, part in released_tensors(ours, tensor))
+    if not whole or len(expected.keys() & found.keys()) < len(expected) // 2:
+        return  # another layout, such as that of transformers' native class
+    for name, shape in expected.items():
+        if name in found and found[name][0] != shape:
+            raise OmniInputError(
+                f"{found[name][1]}: {name} has shape {list(found[name][0])}, by its config.json it is {list(shape)}; "
+                "take config.json and weights from one checkpoint"
+            )
+    skipped = [re.compile(pattern) for pattern in (*IGNORED_ON_LOAD, *(model._keys_to_ignore_on_load_missing or ()))]
+    for names, problem in (
+        (expected.keys() - found.keys(), "lacks {} tensors, such as {}; copy or download it again"),
+        (found.keys() - expected.keys(), "has {} tensors that this model does not have, such as {}; take them out"),
+    ):
+        names = sorted(name for name in names if not any(pattern.search(name) for pattern in skipped))
+        if names:
+            raise OmniInputError(f"{folder}: " + problem.format(len(names), names[0]))

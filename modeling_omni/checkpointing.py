@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import distributed
+from .checkpoint import read_header
 from .lora import save_adapter
 from .media import OmniInputError
 from .modeling_omni import OmniForConditionalGeneration
@@ -34,12 +35,31 @@ CHANGEABLE = (
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step in `folder`, if any."""
-    found = [path for path in folder.iterdir() if is_checkpoint(path)]
-    whole = [path for path in found if (path / "state-0.json").is_file()]
-    for path in sorted(set(found) - set(whole)):
-        logger.warning("%s is not complete and is passed over", path)
-    return max(whole, key=step_of, default=None)
+    """The checkpoint of the highest step in `folder` that is whole, if any.
+
+    Files that are missing, truncated or something else are found here, by their headers; changed bytes of weights are
+    not.
+
+    Raises:
+        OmniInputError: there are checkpoints, all of them damaged.
+    """
+    problem = None
+    for path in sorted(filter(is_checkpoint, folder.iterdir()), key=step_of, reverse=True):
+        if not (path / "state-0.json").is_file():
+            logger.warning("%s is not complete and is passed over", path)
+            continue
+        try:
+            for state in path.glob("state-*.json"):
+                json.loads(state.read_text())
+            for file in path.rglob("*.safetensors"):
+                read_header(file)
+            return path
+        except (OmniInputError, ValueError) as error:
+            problem = error if isinstance(error, OmniInputError) else f"{path}: its state is no JSON ({error})"
+            logger.warning("%s is damaged and is passed over: %s", path, problem)
+    if problem is not None:
+        raise OmniInputError(f"no checkpoint in {folder} is whole ({problem}); take it away to start anew")
+    return None
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from .comparison import POWERED, paired_markdown, paired_table
@@ -15,7 +16,8 @@ from .configuration_omni import resolve_checkpoint
 from .evaluation import heldout_table, markdown_table
 from .evaluation_files import evaluate_file, named_files, provenance, results_markdown, save_results
 from .evaluation_tables import make_tables, table_markdown
-from .media import MediaLimits, OmniInputError
+from .limits import default_limits, with_limits
+from .media import OmniInputError
 
 MEASURED = ("suite", "samples", "seed", "think", "dtype", "without", "reasoning_budget", "reasoning_grace")  # settings
 
@@ -89,7 +91,9 @@ def run_benchmarks(options, load_model, note) -> int:
     names += ("max_new_tokens", "temperature", "top_p", "prefill_chunk_size", "reasoning_budget", "reasoning_grace")
     chosen = {name: getattr(options, name) for name in names} | {"progress": sys.stderr.isatty()}
     chosen |= {"video_sound": options.audio_from_video, "model_name": options.model}
-    limits = MediaLimits(allow_urls=options.allow_urls)
+    limits = replace(default_limits())
+    limits.allow_urls = options.allow_urls or limits.allow_urls
+    with_limits(limits, options.limit)
     chosen["encode_options"] = sampling | {"media_limits": limits}
     if options.suite == "tables":
         return run_tables(options, load, note, folder, data, chosen)

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor
 
 from .conversation import ConversationCache, end_tokens, generate_inputs
 from .inference import AnswerSplitter, opens_thought, suppressed_tokens
+from .limits import is_out_of_memory
 from .processing_omni import OmniProcessor
 from .reasoning_budget import ReasoningBudget, reasoning_limits
 
@@ -256,7 +257,7 @@ def generate_or_split(
             failure = error.with_traceback(None)  # the frames hold the batch
         if failure is None:
             continue
-        if type(failure).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(failure):
             if conversations is not None:
                 conversations.clear()
             if torch.cuda.is_available():

@@ -19,6 +19,7 @@ from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
 from .conversation import ConversationCache, Interrupted, end_tokens, generate_inputs
 from .degrade import fit_request
 from .feature_extraction_omni import clip_token_count
+from .limits import is_out_of_memory
 from .media import MediaLimits, OmniInputError, load_audio, load_image, load_video
 from .modeling_omni import OmniForConditionalGeneration
 from .processing_omni import OmniProcessor
@@ -71,9 +72,12 @@ def load(
         model = OmniForConditionalGeneration.from_pretrained(
             folder, dtype=DTYPES.get(dtype, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of any type, from json, tokenizers, safetensors and transformers
+        if is_out_of_memory(error):
+            raise
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
         reason = " ".join(str(error).split())[:400]
-        raise OmniInputError(f"model {name}: cannot be loaded: {reason}") from error
+        raise OmniInputError(f"model {name}: cannot be loaded: {kind}{reason}") from error
     return model.eval(), processor
 
 

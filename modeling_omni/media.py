@@ -8,15 +8,16 @@ next step.
 image uint8 [H, W, 3] RGB; frames uint8 [T, H, W, 3] RGB; audio float32 [L] mono in [-1, 1].
 """
 
+from .limits import MediaLimits, OmniInputError, default_limits
 from .media_audio import load_audio, save_audio
 from .media_image import load_image
-from .media_source import MediaLimits, OmniInputError
 from .media_video import VideoClip, load_video, sample_indices, save_video
 
 __all__ = [
     "MediaLimits",
     "OmniInputError",
     "VideoClip",
+    "default_limits",
     "load_audio",
     "load_image",
     "load_video",

@@ -16,12 +16,15 @@ import numpy as np
 import soundfile
 import soxr
 
-from .media_source import Deadline, MediaLimits, decoding, is_tensor, open_source, refuse, to_numpy
+from .limits import MediaLimits, default_limits
+from .media_headers import check_mp4
+from .media_source import Deadline, decoding, is_tensor, open_source, refuse, to_numpy
 
 # Demuxers that never open other files or addresses themselves (no hls, dash, concat, image2, sdp ...).
 AV_FORMATS = "mov,matroska,webm,avi,gif,flv,mpegts,mpeg,asf,ogg,wav,w64,mp3,flac,aac,aiff,caf,amr,au"
 MIN_AUDIO_SECONDS = 0.01  # one mel hop; less holds no frame at all
 NUMBER = (int, float, np.number)
+SILENCE_BLOCK = 1 << 20  # samples of a gap that are filled at a time: a gap may be hours at any rate
 MAX_AUDIO_PEAK = 8.0  # decoders overshoot 1.0 a little; more than this is audio that was never scaled to [-1, 1]
 
 
@@ -91,7 +94,7 @@ def load_audio(
     "sampling_rate"}. Arrays are [L], or two-dimensional with the channels on the shorter axis; float in [-1, 1], or
     integers, which are scaled by their full range. Raises OmniInputError.
     """
-    limits = limits or MediaLimits()
+    limits = limits or default_limits()
     if isinstance(source, dict) and "array" in source:
         source = (source["array"], source.get("sampling_rate"))
     if isinstance(source, tuple) and len(source) == 2 and not isinstance(source[0], NUMBER):
@@ -187,11 +190,14 @@ def _decode_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits)
 
 
 def open_av(file: BinaryIO, limits: MediaLimits):
+    # `max_pixels` reaches the decoders that FFmpeg runs while it looks at the streams
     options = {"format_whitelist": AV_FORMATS, "protocol_whitelist": "none"}
+    options["max_pixels"] = str(limits.max_video_pixels)
     return av.open(file, mode="r", options=options, metadata_errors="ignore", timeout=limits.timeout)
 
 
 def _decode_av_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits, reason: str) -> None:
+    check_mp4(file, name, limits, mono.deadline)
     try:
         container = open_av(file, limits)
     except Exception as error:
@@ -256,8 +262,10 @@ def decode_av_track(
             if at >= length:
                 return
             if gap > 0.1 or (gap > 0 and done == 0):
-                mono.add(np.zeros(round(gap * rate), np.float32), rate)
-                done += round(gap * rate) / rate
+                silence = round(gap * rate)
+                for begin in range(0, silence, SILENCE_BLOCK):
+                    mono.add(np.zeros(min(SILENCE_BLOCK, silence - begin), np.float32), rate)
+                done += silence / rate
             elif done == 0 and gap < 0:
                 block = block[round(-gap * rate) :]
             block = block[: max(0, round((length - done) * rate))]

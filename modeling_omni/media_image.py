@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from .media_source import MediaLimits, decoding, is_tensor, open_source, refuse, to_numpy
+from .limits import MediaLimits, default_limits
+from .media_source import Deadline, TimedFile, decoding, is_tensor, open_source, refuse, to_numpy
 
 Image.init()
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd8]")  # of a segment or the end; neither data nor a restart
 # No format that runs a program (EPS) or is rare enough for its decoder to be little tested; AVIF is a build option.
 IMAGE_FORMATS = tuple(f for f in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF") if f in Image.OPEN)
 
@@ -21,7 +24,7 @@ def load_image(source: Any, limits: MediaLimits | None = None) -> np.ndarray:
     bool, uint16 or float in [0, 1], [H, W], [H, W, 1|3|4] or [1|3|4, H, W]. EXIF orientation is applied, transparency
     is laid on white, 16 bits are scaled to 8, of an animation the first frame is read. Raises OmniInputError.
     """
-    limits = limits or MediaLimits()
+    limits = limits or default_limits()
     if isinstance(source, Image.Image):
         with decoding("PIL image", "an image"):
             return _pil_to_rgb(source, "PIL image", limits)
@@ -29,7 +32,7 @@ def load_image(source: Any, limits: MediaLimits | None = None) -> np.ndarray:
         return _array_to_rgb(source, "image array", limits)
     with open_source(source, "image", limits) as (name, file), decoding(name, "an image"):
         try:
-            image = Image.open(file, formats=IMAGE_FORMATS)
+            image = Image.open(TimedFile(file, Deadline(name, limits.timeout)), formats=IMAGE_FORMATS)
         except Image.DecompressionBombError as error:
             limit = f"{limits.max_image_pixels} pixels (MediaLimits.max_image_pixels)"
             do = "make it smaller, or raise it and PIL.Image.MAX_IMAGE_PIXELS too"
@@ -38,7 +41,28 @@ def load_image(source: Any, limits: MediaLimits | None = None) -> np.ndarray:
             do = "give one of " + ", ".join(IMAGE_FORMATS)
             raise refuse(name, "is not an image that can be read", do=do) from error
         with image:
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(file, name, limits)
             return _pil_to_rgb(image, name, limits)
+
+
+def _check_scans(file: BinaryIO, name: str, limits: MediaLimits) -> None:
+    """Refuses JPEGs of very many scans: 66 KB of them took 13 s inside one call of the decoder."""
+    place, scans = file.tell(), 0
+    file.seek(0)
+    data = file.read(1 << 28)
+    file.seek(place)
+    at = 2
+    while (mark := MARKER.search(data, at)) is not None:
+        code, at = data[mark.start() + 1], mark.end()
+        if code == 0xD9:  # the end; phones append whole clips behind it
+            break
+        scans += code == 0xDA
+        if code != 0x01:  # a segment: its content may look like anything
+            at += int.from_bytes(data[at : at + 2], "big")
+        if scans > limits.max_image_scans:
+            limit = f"{limits.max_image_scans} (MediaLimits.max_image_scans)"
+            raise refuse(name, "is a JPEG of too many scans", limit, "save it again")
 
 
 def _check_image_size(width: int, height: int, name: str, limits: MediaLimits) -> None:

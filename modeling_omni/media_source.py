@@ -1,6 +1,6 @@
 """Where media bytes come from: paths, bytes, file objects, data: URLs and (when allowed) http(s), under limits.
 
-Also the one exception type of the project, the limits, and the helpers that turn every library's error into it.
+Also the helpers that turn every library's error into the one exception type of the project (`limits.py`).
 """
 
 from __future__ import annotations
@@ -18,40 +18,12 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import numpy as np
 
-
-class OmniInputError(ValueError):
-    """Input that is refused: item, what was wrong, the limit, what to do next."""
-
-
-@dataclass
-class MediaLimits:
-    """Every limit of media decoding, with its default. One instance is passed around; None anywhere means these."""
-
-    max_bytes: int = 4 * 1024**3  # of a file, bytes object or data: URL
-    max_url_bytes: int = 512 * 1024**2  # of a download
-    max_image_pixels: int = 80_000_000  # width * height of an image
-    max_image_side: int = 32_768  # longer side of an image, in pixels
-    max_video_pixels: int = 8192 * 4320  # width * height of a video frame
-    max_video_frames: int = 2048  # frames kept of one video
-    max_video_bytes: int = 4 * 1024**3  # of the kept frames, uint8 RGB
-    max_video_packets: int = 2_000_000  # frames that a video may hold (5.5 hours at 100 fps)
-    max_video_seconds: float = 5.5 * 3600  # of the chosen window of a video
-    max_audio_seconds: float = 5.5 * 3600
-    max_audio_channels: int = 64
-    min_audio_rate: int = 1_000  # Hz
-    max_audio_rate: int = 768_000  # Hz
-    timeout: float = 300.0  # seconds of wall clock that decoding one item may take
-    url_timeout: float = 30.0  # seconds that one download may take
-    max_redirects: int = 5
-    allow_paths: bool = True  # False: strings are never file names (a server with foreign requests)
-    allow_urls: bool = False  # http and https; data: URLs are always allowed
-    allow_private_urls: bool = False  # loopback, private and link-local addresses; for tests only
+from .limits import MediaLimits, OmniInputError
 
 
 def refuse(
@@ -81,6 +53,18 @@ class Deadline:
         if time.monotonic() > self.at:
             limit = f"{self.seconds:g} s (MediaLimits.timeout)"
             raise refuse(self.name, "decoding takes too long", limit, "give a shorter or smaller item, or raise it")
+
+
+class TimedFile:
+    """A file that can be read until the deadline: decoders that ask for more and more bytes end there (a JPEG may hold
+    any number of scans, each over all its pixels)."""
+
+    def __init__(self, file: BinaryIO, deadline: Deadline):
+        self.file, self.deadline, self.seek, self.tell = file, deadline, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        self.deadline.check()
+        return self.file.read(size)
 
 
 def _printable(text: str) -> str:
@@ -214,8 +198,8 @@ def _get(parts, host: str, port: int, name: str, limits: MediaLimits, at: float)
     left = max(0.1, at - time.monotonic())
     addresses = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     for address in addresses:
-        if not limits.allow_private_urls and not _is_public(address):
-            problem = f"{host} resolves to {address}, which is not a public address"
+        if f"{host}:{port}" not in limits.private_hosts and not _is_public(address):
+            problem = f"{host} resolves to {address}, which is not a public address (MediaLimits.private_hosts)"
             raise refuse(name, problem, do="give a public URL or download it first")
     raw = socket.create_connection((sorted(addresses)[0], port), timeout=left)
     # A server that drips bytes restarts the socket timeout with each; the timer ends the whole exchange.

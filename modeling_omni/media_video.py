@@ -17,6 +17,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from .limits import MediaLimits, OmniInputError, default_limits
 from .media_audio import (
     MIN_AUDIO_SECONDS,
     Mono16k,
@@ -27,8 +28,9 @@ from .media_audio import (
     open_av,
     write_sound,
 )
+from .media_headers import check_mp4
 from .media_image import load_image
-from .media_source import Deadline, MediaLimits, OmniInputError, decoding, is_tensor, open_source, refuse
+from .media_source import Deadline, decoding, is_tensor, open_source, refuse
 
 SEEK_GAP = 8  # frames between the decoder and the next useful keyframe from which a seek is cheaper than decoding on
 MISSING_FRAMES = 3  # a chosen frame that the decoder dropped may be replaced by one this near; further off is damage
@@ -117,7 +119,7 @@ def load_video(
     end: window in seconds. audio: "auto" (None when there is no track), "on" (an error then), "off". Rotation metadata
     is applied; frames of another size are resized to the first one's. Raises OmniInputError.
     """
-    limits = limits or MediaLimits()
+    limits = limits or default_limits()
     if isinstance(source, VideoClip):
         return source
     if audio not in ("auto", "on", "off"):
@@ -135,6 +137,7 @@ def load_video(
         max_frames = 256
     with open_source(source, "video", limits) as (name, file), decoding(name, "a video"):
         deadline = Deadline(name, limits.timeout)
+        check_mp4(file, name, limits, deadline)
         with open_av(file, limits) as container:
             index = _index_video(container, name, limits, deadline)
         begin, stop = start or 0.0, min(end or index.duration, index.duration)
@@ -287,18 +290,18 @@ def _decode_wanted(container, stream, index: _VideoIndex, wanted: list[int], may
         if other.index != stream.index:
             other.discard = av.stream.Discard.all
     todo, want = iter(wanted[1:]), wanted[0]
-    position, previous, counted, damaged, sought = -1, None, 0, 0, False
+    position, previous, counted, damaged, sought = -1, None, 0, 0, -1
 
     def keyframe_ahead() -> int | None:
         if not may_seek:
             return None
         key = int(index.keys[np.searchsorted(index.keys, want, side="right") - 1])
-        return key if key - position > SEEK_GAP else None
+        return key if key - position > SEEK_GAP and key > sought else None  # never twice: the file's index may lie
 
     def nearest() -> Any:
         """The decoded frame for `want` once the decoder is past it (or at the end)."""
         near = [c for c in (previous, current) if c is not None and abs(c[0] - want) <= MISSING_FRAMES]
-        if not near and sought:
+        if not near and sought >= 0:
             raise _Overshoot
         if not near:
             problem = f"frame {want} (at {index.times[want]:.2f} s) cannot be decoded"
@@ -309,7 +312,7 @@ def _decode_wanted(container, stream, index: _VideoIndex, wanted: list[int], may
         key = keyframe_ahead()
         if key is not None:
             container.seek(int(index.pts[key]), stream=stream, backward=True)
-            previous, sought = None, True
+            previous, sought = None, key
         current = None
         for packet in container.demux(stream):
             deadline.check()

@@ -8,6 +8,8 @@ the places are checked against the features item by item: a count that does not 
 Shape legend: B batch, S tokens, D hidden size, N media tokens, T tubelets, h, w patches per side.
 """
 
+import copy
+import os
 from functools import partial
 
 import torch
@@ -17,7 +19,7 @@ from transformers import CompileConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .checkpoint import IGNORED_ON_LOAD, register_released_layout
+from .checkpoint import IGNORED_ON_LOAD, check_weights, register_released_layout
 from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
 from .configuration_omni import TYPE_AUDIO as AUDIO
 from .configuration_omni import TYPE_IMAGE as IMAGE
@@ -75,6 +77,7 @@ class OmniPreTrainedModel(PreTrainedModel):
     config_class = OmniConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    released = False  # whether what is saved has the names of `RENAMES`, all of them
     input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["OmniBlock", "MTPLayer", "PatchGenerator", "VisionBlock", "ConformerBlock"]
@@ -100,8 +103,18 @@ class OmniPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """transformers' `from_pretrained`; the name "nano" means the checkpoint shipped in this package."""
-        return super().from_pretrained(resolve_checkpoint(pretrained_model_name_or_path), *args, **kwargs)
+        """transformers' `from_pretrained`; the name "nano" means the checkpoint shipped in this package.
+
+        Raises:
+            OmniInputError: a folder whose weights are no whole safetensors files, or do not fit its configuration.
+        """
+        path = resolve_checkpoint(pretrained_model_name_or_path)
+        if cls.released and os.path.isdir(path) and not {"subfolder", "variant", "gguf_file"} & kwargs.keys():
+            config = kwargs.get("config") or cls.config_class.from_pretrained(path)
+            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+                model = cls(copy.deepcopy(config))
+            check_weights(path, model, getattr(config, "quantization_config", None) is None)
+        return super().from_pretrained(path, *args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -403,6 +416,7 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
 
     model_class = OmniModel
     label_loss = staticmethod(chunked_cross_entropy)  # with labels; qad.py puts a teacher's divergence in its place
+    released = True
     min_loss_chunks = 0  # see `chunked_cross_entropy`
     mtp_loss_weight = 0.1  # of the draft heads' loss beside the trunk's
     mtp_depth = 1  # drafts in a row that are learnt, if there are not more heads

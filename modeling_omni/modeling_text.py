@@ -29,6 +29,7 @@ class OmniForCausalLM(OmniForConditionalGeneration):
     config_class = OmniTextConfig
     input_modalities = ("text",)
     model_class = OmniTextModel
+    released = False
 
 
 # by the classes' names: the model type, "nemotron_h", is that of transformers' class

@@ -30,7 +30,7 @@ from .configuration_omni import TYPE_AUDIO, TYPE_IMAGE, TYPE_TEXT, TYPE_VIDEO, O
 from .evs import kept_tokens
 from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import NemotronH_Nano_Omni_Reasoning_V3ImageProcessor, OmniImageProcessor
-from .media import OmniInputError
+from .media import OmniInputError, default_limits
 from .prompt_omni import (
     AUDIO,
     IMAGE,
@@ -198,6 +198,8 @@ class OmniProcessor(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else list(text or ())
         if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise OmniInputError("text must be a prompt string or a non-empty list of them")
+        for i, prompt in enumerate(prompts):
+            check_text(prompt, f"prompt {i}", options)
         pieces = [self.codec.split_prompt(prompt) for prompt in prompts]
         if video_metadata is not None:
             videos = with_metadata(AS_LIST["video"](videos), video_metadata)
@@ -290,8 +292,11 @@ class OmniProcessor(ProcessorMixin):
                 raise OmniInputError(f"conversation {i} has no part for {left} of the media given beside it")
             try:
                 rendered.append(template.render(messages=messages, **values))
-            except jinja2.TemplateError as error:
+            except OmniInputError:
+                raise
+            except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
                 raise OmniInputError(f"the chat template failed on conversation {i}: {error}") from error
+            check_text(rendered[-1], f"conversation {i}", options)
             parts.append(sample_parts)
         if not tokenize:
             prompts = [self.codec.to_prompt(string) for string in rendered]
@@ -532,6 +537,15 @@ class OmniProcessor(ProcessorMixin):
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 KINDS = {TYPE_IMAGE: "image", TYPE_VIDEO: "video", TYPE_AUDIO: "audio"}
+
+
+def check_text(text: str, name: str, options: CallOptions) -> None:
+    limit = (options.media_limits or default_limits()).max_text_chars
+    if len(text) > limit:
+        raise OmniInputError(
+            f"{name}: has {len(text)} characters of text; limit {limit} (MediaLimits.max_text_chars); shorten it or "
+            "raise it"
+        )
 
 
 def truncate(sample: Sample, max_length: int, index: int) -> None:

@@ -22,7 +22,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils import get_json_schema
 
-from .media import OmniInputError
+from .limits import MAX_NESTING, OmniInputError
 
 # Sentinels: one media item each, in templates and prompt strings. The first and the last are also placeholder tokens.
 IMAGE, VIDEO, AUDIO = "<image>", "<video>", "<so_embedding>"
@@ -69,14 +69,20 @@ def check_encodable(text: str) -> None:
         ) from None
 
 
-def escape_tree(value):
-    """`escape` for every string in nested lists and dicts, keys included."""
+def escape_tree(value, depth: int = 0):
+    """`escape` for every string in nested lists and dicts, keys included.
+
+    Raises:
+        OmniInputError: more than MAX_NESTING levels.
+    """
     if isinstance(value, str):
         return escape(value)
+    if depth > MAX_NESTING and isinstance(value, (dict, list, tuple)):
+        raise OmniInputError(f"tools, their arguments or results are nested over {MAX_NESTING} levels; make them flat")
     if isinstance(value, dict):
-        return {escape(str(key)): escape_tree(item) for key, item in value.items()}
+        return {escape(str(key)): escape_tree(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [escape_tree(item) for item in value]
+        return [escape_tree(item, depth + 1) for item in value]
     return value
 
 
@@ -241,6 +247,9 @@ def prepare_messages(
             elif not (reasoning or "").strip():
                 text = _mark_thinking(text)
             if message.get("tool_calls"):
+                if not isinstance(message["tool_calls"], (list, tuple)):
+                    kind = type(message["tool_calls"]).__name__
+                    raise OmniInputError(f"message {i}: tool_calls must be a list, not {kind}")
                 entry["tool_calls"] = [_tool_call(call, i) for call in message["tool_calls"]]
         entry["content"] = text
         prepared.append(entry)
@@ -256,7 +265,11 @@ def _content(content, index: int, role: str, loose: dict[str, list], parts: list
     if isinstance(content, str):
         return escape(content)
     if role == "tool" and not _is_part_list(content):
-        return escape(json.dumps(content, ensure_ascii=False))
+        escape_tree(content)  # for its depth
+        try:
+            return escape(json.dumps(content, ensure_ascii=False))
+        except (TypeError, ValueError) as error:
+            raise OmniInputError(f"message {index}: a tool's result must be text or JSON ({error})") from None
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, (list, tuple)):
@@ -327,7 +340,7 @@ def _tool_call(call, index: int) -> dict:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
         raise OmniInputError(f"message {index}: arguments of tool call {function['name']!r} must be a JSON object")
@@ -338,13 +351,16 @@ def tool_schemas(tools) -> list[dict] | None:
     """JSON schemas of tools given as schemas or as documented functions, with all text escaped."""
     if not tools:
         return None
+    if not isinstance(tools, (list, tuple)):
+        raise OmniInputError(f"tools must be a list of JSON schemas or functions, not {type(tools).__name__}")
     schemas = []
     for tool in tools:
         if not isinstance(tool, dict):
             if not callable(tool):
                 raise OmniInputError(f"a tool must be a JSON schema or a function, not {type(tool).__name__}")
             tool = get_json_schema(tool)
-        if not isinstance(tool.get("function", tool).get("name"), str):
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise OmniInputError("a tool needs a name: {'type': 'function', 'function': {'name', 'description', ...}}")
         schemas.append(escape_tree(tool))
     return schemas
@@ -355,7 +371,7 @@ def source_keys(kind: str) -> tuple[str, ...]:
     return (kind, "path", "url", "bytes", "array", "base64", "data", f"{kind}_url", f"input_{kind}")
 
 
-def media_source(kind: str, part: dict):
+def media_source(kind: str, part: dict, inner: bool = False):
     """What a media part points to, as the loaders take it; sound with its rate beside it becomes (array, rate)."""
     source = next((part[key] for key in source_keys(kind) if part.get(key) is not None), None)
     if source is None:
@@ -364,7 +380,9 @@ def media_source(kind: str, part: dict):
             f"{kind if kind == 'audio' else kind + 's'}=[...]"
         )
     if isinstance(source, dict) and "array" not in source:  # OpenAI's {"url"} and {"data"}, datasets' {"bytes", "path"}
-        return media_source(kind, {**part, **dict.fromkeys(source_keys(kind)), **source})
+        if inner:
+            raise OmniInputError(f"a part of type {kind!r} names its source in dicts within dicts; give a path or url")
+        return media_source(kind, {**part, **dict.fromkeys(source_keys(kind)), **source}, inner=True)
     if isinstance(source, str) and (source is part.get("base64") or source is part.get("data")):
         try:
             return base64.b64decode(source, validate=True)

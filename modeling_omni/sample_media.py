@@ -3,12 +3,15 @@
 Shapes: H, W pixels; L samples of sound; t, h, w tubelets and patches of a grid.
 """
 
-from dataclasses import dataclass, field
+import math
+import time
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 from .call_inputs import CallOptions
 from .feature_extraction_omni import num_audio_tokens
 from .image_processing_omni import fit_media_budget
-from .media import OmniInputError, VideoClip, load_audio, load_image, load_video
+from .media import MediaLimits, OmniInputError, VideoClip, default_limits, load_audio, load_image, load_video
 from .prompt_omni import media_source
 
 
@@ -33,14 +36,19 @@ def load_media(processor, parts: list[tuple[str, dict]], options: CallOptions) -
         OmniInputError: one cannot be read, or all of them do not fit into `max_media_tokens`.
     """
     media = SampleMedia()
-    limits, hertz = options.media_limits, processor.feature_extractor.sampling_rate
+    given, hertz = options.media_limits or default_limits(), processor.feature_extractor.sampling_rate
+    until, decoded = time.monotonic() + given.total_timeout, 0
     for kind, part in parts:
+        check_part(kind, part)
         source = media_source(kind, part)
+        limits = replace(given, timeout=min(given.timeout, _time_left(until, len(parts), given)))
         if kind == "image":
             media.images.append(load_image(source, limits))
-            media.image_limits.append(_max_patches(part))
+            media.image_limits.append(part.get("max_patches"))
+            decoded += media.images[-1].nbytes
         elif kind == "audio":
             media.audios.append(load_audio(source, hertz, limits, options.sampling_rate or hertz))
+            decoded += media.audios[-1].nbytes
         else:
             sound = "off" if options.use_audio_in_video is False else part.get("audio", "auto")
             choice = {
@@ -52,17 +60,53 @@ def load_media(processor, parts: list[tuple[str, dict]], options: CallOptions) -
             clip = load_video(source, audio=sound, limits=limits, **choice)
             media.videos.append(clip)
             media.sounds.append(None if sound == "off" else clip.audio)
-            media.video_limits.append(_max_patches(part))
+            media.video_limits.append(part.get("max_patches"))
+            decoded += clip.frames.nbytes + (0 if clip.audio is None else clip.audio.nbytes)
+        if decoded > given.max_decoded_bytes:
+            raise OmniInputError(
+                f"the {len(parts)} media items of a conversation: {decoded} bytes are decoded after "
+                f"{len(media.images) + len(media.videos) + len(media.audios)} of them; limit {given.max_decoded_bytes} "
+                "(MediaLimits.max_decoded_bytes); send fewer or smaller ones"
+            )
     if media.images or media.videos:
         plan_grids(processor, media, options)
     return media
 
 
-def _max_patches(part: dict) -> int | None:
-    patches = part.get("max_patches")
-    if patches is not None and (isinstance(patches, bool) or not isinstance(patches, int) or patches < 1):
-        raise OmniInputError(f"max_patches of a part is {patches!r:.40}; give a whole number of patches, 1 or more")
-    return patches
+def _time_left(until: float, count: int, limits: MediaLimits) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise OmniInputError(
+            f"the {count} media items of a conversation: decoding takes too long; limit {limits.total_timeout:g} s "
+            "(MediaLimits.total_timeout); send fewer or smaller ones"
+        )
+    return left
+
+
+# options of a media part: (what they must be, in words, and as a check)
+PART_OPTIONS = {
+    **dict.fromkeys(
+        ("num_frames", "max_frames", "max_patches"),
+        ("a whole number, 1 or more", lambda value: isinstance(value, Integral) and value >= 1),
+    ),
+    "fps": ("a number above 0", lambda value: isinstance(value, Real) and 0 < value < math.inf),
+    **dict.fromkeys(
+        ("start", "end"),
+        ("seconds, 0 or more", lambda value: isinstance(value, Real) and 0 <= value < math.inf),
+    ),
+    "sampling_rate": ("a rate in Hz", lambda value: isinstance(value, Real) and 0 < value < math.inf),
+    "audio": ("'auto', 'on' or 'off'", lambda value: value in ("auto", "on", "off")),
+}
+
+
+def check_part(kind: str, part: dict) -> None:
+    """Raises OmniInputError for options of a media part that are of another kind."""
+    for key, (wanted, fits) in PART_OPTIONS.items():
+        value = part.get(key)
+        if value is None or key == "audio" and (kind != "video" or not isinstance(value, (str, bool, int))):
+            continue  # "audio" is also where a part of sound has its source
+        if isinstance(value, bool) or not fits(value):
+            raise OmniInputError(f"{key} of a part of type {kind!r} is {value!r:.40}; give {wanted}")
 
 
 def plan_grids(processor, media: SampleMedia, options: CallOptions) -> None:

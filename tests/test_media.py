@@ -684,8 +684,12 @@ def server():
         def do_GET(self):
             if self.path.startswith("/redirect"):
                 self.send_response(302)
-                self.send_header("Location", {"/redirect": "/a.png", "/redirect-loop": "/redirect-loop"}.get(
-                    self.path, "file:///etc/passwd"))  # fmt: skip
+                port = self.server.server_port
+                self.send_header("Location", {"/redirect": "/a.png", "/redirect-loop": "/redirect-loop",
+                    "/redirect-file": "file:///etc/passwd", "/redirect-name": f"http://localhost:{port}/a.png",
+                    "/redirect-other": f"http://127.0.0.2:{port}/a.png",
+                    "/redirect-mapped": f"//[::ffff:127.0.0.1]:{port}/a.png",
+                    "/redirect-cloud": "http://169.254.169.254/latest/meta-data"}[self.path])  # fmt: skip
                 self.end_headers()
             elif self.path == "/slow":
                 self.send_response(200)
@@ -729,11 +733,14 @@ def test_urls_are_refused_or_read(server):
     for url in ("file:///etc/passwd", "ftp://example.org/a", "http://", "http://user:pw@127.0.0.1/", "http://a:99999/",
                 "rtsp://127.0.0.1/x", "http://[::1"):  # fmt: skip
         refused(load_image, url, limits=on)
-    test_only = MediaLimits(allow_urls=True, allow_private_urls=True, url_timeout=0.5, max_url_bytes=4000)
+    host = server.removeprefix("http://")
+    test_only = MediaLimits(allow_urls=True, private_hosts=(host,), url_timeout=0.5, max_url_bytes=4000)
     for path in ("/a.png", "/redirect"):
         assert np.array_equal(load_image(server + path, limits=test_only), picture())
     refused(load_image, server + "/redirect-loop", "max_redirects", limits=test_only)
     refused(load_image, server + "/redirect-file", "http", limits=test_only)
+    for path in ("other", "name", "mapped", "cloud"):  # the first hop is allowed, where it leads is not
+        refused(load_image, f"{server}/redirect-{path}", "not a public address", limits=test_only)
     refused(load_image, server + "/big", "max_url_bytes", limits=test_only)
     refused(load_image, server + "/slow", "url_timeout", limits=test_only)
     refused(load_image, server + "/none", "404", limits=test_only)
