@@ -181,6 +181,12 @@ class ConversationCache:
         self.features.clear()
         self.prefixes.clear()
 
+    def forget(self, scope: str) -> None:
+        """Drops all that was kept for a scope."""
+        for key in [key for key in self.features if key[0] == scope]:
+            del self.features[key]
+        self.prefixes = [prefix for prefix in self.prefixes if prefix.scope != scope]
+
     # -------------------------------------------------------------------------------------------- media
 
     def media_features(

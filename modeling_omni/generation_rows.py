@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor
 
-from .conversation import ConversationCache, end_tokens, generate_inputs
+from .conversation import ConversationCache, Interrupted, end_tokens, generate_inputs
 from .inference import AnswerSplitter, opens_thought, suppressed_tokens
 from .processing_omni import OmniProcessor
 from .reasoning_budget import ReasoningBudget, reasoning_limits
@@ -192,6 +192,7 @@ def generate_rows(
 
     With `conversations` every prompt is read on its own, from where an earlier one is known; then all decode as one
     batch. The point behind the answer is kept for a row that runs alone: in a batch, the first row to end is fed on.
+    A row that is stopped while its prompt is read ends without a token, and `on_token` is not called.
     """
     pad = processor.tokenizer.pad_token_id or 0
     ready = []
@@ -200,8 +201,15 @@ def generate_rows(
         batch = {name: value.to(model.device) for name, value in batch.items()}
     else:
         for row in rows:
-            ready.append(conversations.prefill(model, row.inputs, prefill_chunk_size, row.scope))
-            row.cached_tokens = ready[-1].cached
+            stopped = row.stopped or (lambda: False)
+            try:
+                ready.append(conversations.prefill(model, row.inputs, prefill_chunk_size, row.scope, stopped))
+                row.cached_tokens = ready[-1].cached
+            except Interrupted:
+                row.finish_reason = "interrupted"
+        rows = [row for row in rows if row.finish_reason is None]
+        if not rows:
+            return
         batch = generate_inputs(ready, model.device, model.config.llm_config, pad)
     prompt_ids, ends = batch["input_ids"], end_tokens(model)
     processors = []
