@@ -24,28 +24,36 @@ MIN_PASSWORD = 8  # characters
 
 WELCOME = "### Ask about text, pictures, videos and sound\nAttach or record below, or begin with one of these."
 CSS = """
-.gradio-container {max-width: 1360px !important; margin: 0 auto !important; padding: 12px 18px 18px !important;}
-#head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 4px 14px; padding: 4px 2px 0;}
-#head h1 {font-size: 1.35rem; font-weight: 650; letter-spacing: -0.01em; margin: 0;}
-#head span {font-size: .85rem; color: var(--body-text-color-subdued);}
-#head b {font-weight: 600; color: var(--body-text-color); background: var(--background-fill-secondary);
+.gradio-container {padding: 0 !important;}
+.gradio-container .main.fillable {max-width: 1320px !important; padding: 10px 20px 18px !important;}
+.gradio-container .gap, .gradio-container .column {gap: 10px;}
+#head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 12px; padding: 2px;}
+#head h1 {font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0;}
+#head span {font-size: .84rem; color: var(--body-text-color-subdued);}
+#head b {font-weight: 600; color: var(--body-text-color); background: var(--background-fill-primary);
   border: 1px solid var(--border-color-primary); border-radius: 99px; padding: 1px 9px;}
-#chat {height: calc(100dvh - 320px) !important; min-height: 340px; border-radius: 14px;}
-.line {min-height: 1.45em; font-size: .84rem; line-height: 1.45; color: var(--body-text-color-subdued); padding: 0 6px;
+#chat {height: calc(100dvh - 300px) !important; min-height: 330px; border-radius: 14px;}
+button[aria-label="Share"] {display: none !important;}
+#chat .examples button, #chat button.example {border: 1px solid var(--border-color-primary); border-radius: 12px;}
+.line {min-height: 1.4em; font-size: .82rem; line-height: 1.4; color: var(--body-text-color-subdued); padding: 0 6px;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; white-space: pre-line;}
-.line .problem {color: var(--error-text-color, #b91c1c); font-weight: 550;}
+.line:has(> span:empty) {min-height: 0;}
+.line .problem {color: #b91c1c; font-weight: 550;}
+.dark .line .problem {color: #fca5a5;}
 .seen {margin: 0 0 26px;}
-.seen h3 {margin: 0 0 2px; font-size: 1.02rem; overflow-wrap: anywhere;}
-.seen p {margin: 0 0 10px; font-size: .86rem; color: var(--body-text-color-subdued);}
+.seen h3 {margin: 0 0 2px; font-size: 1rem; overflow-wrap: anywhere;}
+.seen p {margin: 0 0 10px; font-size: .84rem; color: var(--body-text-color-subdued);}
 .seen-grid {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(230px, 100%), 1fr)); gap: 14px;}
-.seen figure {margin: 0;}
+.seen figure {margin: 0; max-width: 560px;}
+.seen-wide figure {max-width: 860px;}
+.seen-wide img {height: 190px; object-fit: fill;}
 .seen img {width: 100%; border-radius: 8px; display: block;}
-.seen-wide img {max-width: 900px; image-rendering: auto;}
-.seen figcaption {font-size: .8rem; margin-top: 4px; color: var(--body-text-color-subdued);}
+.seen figcaption {font-size: .79rem; margin-top: 4px; color: var(--body-text-color-subdued);}
 @media (max-width: 720px) {
-  .gradio-container {padding: 6px 8px 12px !important;}
-  #chat {height: calc(100dvh - 300px) !important; min-height: 300px;}
-  #head h1 {font-size: 1.1rem;}
+  .gradio-container .main.fillable {padding: 4px 6px 10px !important;}
+  #chat {height: calc(100dvh - 290px) !important; min-height: 300px;}
+  #head h1 {font-size: 1.08rem;}
+  .seen-grid {grid-template-columns: repeat(auto-fill, minmax(min(150px, 100%), 1fr));}
 }
 """
 
@@ -62,9 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--attn", choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3"),
                         help="attention kernel (default: the best that transformers finds)")  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1",
-                        help="address to listen on (default: 127.0.0.1); others need a password of at least "
-                        f"{MIN_PASSWORD} characters in OMNI_PASSWORD (any user name), and a tunnel or proxy with TLS in "
-                        "front where the network is not yours")  # fmt: skip
+                        help="address to listen on (default: 127.0.0.1); others need a password in OMNI_PASSWORD, at "
+                        f"least {MIN_PASSWORD} characters (any user name), and TLS in front on a network that "
+                        "is not yours")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0: a free one")
     parser.add_argument("--max-file-mb", type=int, default=100, metavar="N", help="size of a file (default: 100)")
     parser.add_argument("--max-seconds", type=float, default=300.0, metavar="S",
@@ -73,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="answers that may wait for the model (default: 16)")  # fmt: skip
     parser.add_argument("--max-sessions", type=int, default=64, metavar="N", help="browser tabs (default: 64)")
     parser.add_argument("--cache-mb", type=int, default=1024, metavar="N",
-                        help="memory for the states of conversations, and as much for media (default: 1024)")  # fmt: skip
+                        help="memory for states of conversations, and as much for media (default: 1024)")  # fmt: skip
     return parser
 
 
@@ -105,8 +113,9 @@ def about(demo) -> str:
             "**nano** shows how the model works; it is no assistant. It was trained from nothing on drawn and "
             "synthesised data and knows only what its tasks are about: coloured shapes and where they are, counting, "
             "words and digits in pictures, spoken digits and a few words, clips in which something moves, small sums, "
-            "copying. Held out, it is right in 60 to 100 % of most of them; words in unseen fonts (67 %), counting (69 "
-            "%), lines of text (36 %) and buttons (44 %) are weak. It answers best when a conversation is about one "
+            "copying. Held out, it is right in 70 to 100 % of most of them; weak are documents of several pages (26 "
+            "%), lines of text (36 %), buttons (44 %), clips of several turns (52 %), words in unseen fonts (67 %) and "
+            "counting (69 %). It answers best when a conversation is about one "
             "thing: clear it before another picture. Photographs, free talk and knowledge of the world are beyond it."
         )
     else:
@@ -117,7 +126,7 @@ def about(demo) -> str:
             "with thinking: temperature 0.6, top-p 0.95; without: greedy."
         )
     rows = {
-        "context of the model": f"{context:,} tokens; longer prompts lose frames and pixels by rule, text and sound never",
+        "context of the model": f"{context:,} tokens; longer prompts lose frames and pixels, never text or sound",
         "a file": f"{limits.file_bytes / 2**20:.0f} MiB; {limits.files} files a message",
         "a picture": f"{media.max_image_pixels / 1e6:.0f} megapixels",
         "a video or sound": f"{media.max_video_seconds / 60:.0f} minutes; {media.max_video_frames} frames are kept",
@@ -128,10 +137,10 @@ def about(demo) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"### The model\n\n{model}\n\nEvery model of this kind makes things up, with confidence, and repeats what its "
-        "data had wrong. **There is no safety filter here.** Do not let it decide about people, health, law or money.\n\n"
-        f"### Limits\n\n| of | |\n|---|---|\n{table}\n\n### Your data\n\nFiles stay on this machine. They, and what the "
-        "model kept of them, are deleted when you clear the conversation or close or reload the page. Nothing is logged "
-        "and nothing is sent anywhere: no share link, no telemetry, and the page may load nothing from other hosts. "
+        "data had wrong. **There is no safety filter here.** Do not let it decide about people, health, law or money."
+        f"\n\n### Limits\n\n| of | |\n|---|---|\n{table}\n\n### Your data\n\nFiles stay on this machine. They, and "
+        "what the model kept of them, are deleted when you clear the conversation or close or reload the page. Nothing "
+        "is logged, nothing is sent anywhere: no share link, no telemetry, and the page loads nothing from elsewhere. "
         "Other tabs and other people cannot see what you do here.\n\nUnofficial; not affiliated with NVIDIA. Weights "
         "are under the licence of their checkpoint."
     )
@@ -233,18 +242,18 @@ def build(demo):
         except OmniInputError as error:
             yield gr.skip(), box(False), line(str(error), True)
 
-    def send(value, *chosen, request: gr.Request):
+    def send(request: gr.Request, value, *chosen):
         text, files = value["text"], value["files"]
         if text.strip() or files:
             yield from answer(request, lambda session: session.ask(text, files, settings_of(chosen)), sent=True)
         else:
             yield gr.skip(), gr.skip(), gr.skip()
 
-    def retry(*chosen, request: gr.Request, event: gr.RetryData):
+    def retry(request: gr.Request, event: gr.RetryData, *chosen):
         index = event.index if isinstance(event.index, int) else event.index[0]
         yield from answer(request, lambda session: session.retry(index, settings_of(chosen)))
 
-    def edit(*chosen, request: gr.Request, event: gr.EditData):
+    def edit(request: gr.Request, event: gr.EditData, *chosen):
         index = event.index if isinstance(event.index, int) else event.index[0]
         yield from answer(request, lambda session: session.edit(index, str(event.value), settings_of(chosen)))
 
@@ -266,7 +275,7 @@ def build(demo):
     def close(request: gr.Request):
         demo.close_session(request.session_hash)
 
-    def count(value, *chosen, request: gr.Request):
+    def count(request: gr.Request, value, *chosen):
         """The cost of what stands in the text box, before it is sent."""
         if not value or not (value["text"].strip() or value["files"]):
             return line("")
@@ -283,7 +292,7 @@ def build(demo):
         drawn = seen_html(demo.processor, *seen) if seen else ""
         return drawn or line("Nothing yet: ask about a picture, a video or a sound, then come back.")
 
-    def compare(value, *chosen, request: gr.Request):
+    def compare(request: gr.Request, value, *chosen):
         """Both sides' conversations and lines, and the text box, which keeps its text."""
         half = len(chosen) // 2
         try:
@@ -315,9 +324,8 @@ def build(demo):
                         label="Conversation", elem_id="chat", editable="user", placeholder=WELCOME, show_label=False,
                         examples=[dict(starter, files=list(starter["files"])) for starter in starters], **chat_options,
                     )  # fmt: skip
-                    tally = gr.HTML(line(""))
                     text = gr.MultimodalTextbox(label="Message", placeholder="Ask, attach, or record", **typing)
-                    after = gr.HTML(line(""))
+                    tally, after = gr.HTML(line("")), gr.HTML(line(""))
                 with gr.Column(scale=3, min_width=280):
                     chosen = controls(gr, demo, defaults)
             with gr.Tab("What the model saw") as seen_tab:
@@ -406,7 +414,11 @@ def launch(options) -> None:
         demo = Demo(model, processor, name, uploads, limits)
         hosts = None if exposed else LOOPBACK
         guard = Middleware(Guard, hosts, uploads, limits.disk_bytes, limits.file_bytes, limits.files)
-        colours = {"primary_hue": "emerald", "secondary_hue": "emerald", "neutral_hue": "slate"}
+        fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif"]
+        theme = gr.themes.Default(
+            primary_hue="emerald", secondary_hue="emerald", neutral_hue="slate", text_size="md", radius_size="lg",
+            spacing_size="sm", font=fonts, font_mono=["ui-monospace", "DejaVu Sans Mono", "monospace"],
+        ).set(body_background_fill="*neutral_50", block_title_text_weight="550")  # fmt: skip
         try:
             _, address, _ = build(demo).launch(
                 server_name=options.host, server_port=options.port or free_port(options.host), share=False, quiet=True,
@@ -414,7 +426,7 @@ def launch(options) -> None:
                 auth_message="Any user name, and the password of this demo.", max_file_size=limits.file_bytes,
                 run_history=False, footer_links=[], app_kwargs={"middleware": [guard]}, ssr_mode=False, pwa=False,
                 mcp_server=False, enable_monitoring=False, strict_cors=True, prevent_thread_lock=True, css=CSS,
-                theme=gr.themes.Soft(**colours, radius_size="lg"), max_threads=80, inbrowser=False, num_workers=0,
+                theme=theme, max_threads=80, inbrowser=False, num_workers=0,
             )  # fmt: skip
             print(f"listening on {address}, model {name}; Ctrl-C stops", flush=True)
             threading.Event().wait()

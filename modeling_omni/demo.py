@@ -131,7 +131,7 @@ class Running:
         self.deadline = self.asked + demo.limits.seconds
         self.begun = self.first = self.last = self.thought_seconds = None
         self.texts, self.tokens, self.dropped = {"reasoning": "", "answer": ""}, 0, False
-        self.error, self.finish_reason = None, None
+        self.error, self.finish_reason, self.asked_to_stop = None, None, False
         self.arrived: queue.SimpleQueue = queue.SimpleQueue()
         self.splitter = AnswerSplitter(demo.processor, opens_thought(demo.processor, inputs["input_ids"]))
         self.thinking = self.splitter.section == "reasoning"
@@ -203,6 +203,7 @@ class Running:
                     break
                 time.sleep(REFRESH)
         finally:
+            self.asked_to_stop = self.stopping.is_set()
             self.stop()
         if self.error is not None:
             if isinstance(self.error, OmniInputError):
@@ -210,7 +211,7 @@ class Running:
             if type(self.error).__name__ == "OutOfMemoryError":
                 raise OmniInputError("the model ran out of memory; send smaller media or fewer frames")
             raise OmniInputError("the model failed on this message; see the terminal of the demo")
-        if self.first is None and not self.stopping.is_set() and time.monotonic() > self.deadline:
+        if self.first is None and not self.asked_to_stop and time.monotonic() > self.deadline:
             raise OmniInputError("the model was busy for too long; try again")
 
     def statistics(self) -> dict:
@@ -226,6 +227,7 @@ class Running:
             "memory": memory(),
             "thought_cut": self.row.thought_cut,
             "finish_reason": self.finish_reason,
+            "stopped": self.asked_to_stop,
         }
 
 
@@ -248,7 +250,8 @@ def statistics_line(numbers: dict) -> str:
     known = f" ({numbers['cached_tokens']:,} known)" if numbers["cached_tokens"] else ""
     parts.append(f"prompt {numbers['prompt_tokens']:,}{known}")
     parts += [f"{name.replace('_', ' ')} memory {size / 2**30:.2f} GiB" for name, size in numbers["memory"].items()]
-    ends = {"length": "cut off at the limit of new tokens", "interrupted": "stopped"}
+    ended = "stopped" if numbers["stopped"] else "out of time"
+    ends = {"length": "cut off at the limit of new tokens", "interrupted": ended}
     parts += [ends[numbers["finish_reason"]]] if numbers["finish_reason"] in ends else []
     parts += ["the budget ended the thought"] if numbers["thought_cut"] else []
     return " \u00b7 ".join(parts)
@@ -634,7 +637,7 @@ class Demo:
                 for _ in side.running.wait():
                     yield sides
                 side.note = statistics_line(side.running.statistics())
-                if side.running.stopping.is_set() and side.running.finish_reason == "interrupted":
+                if side.running.asked_to_stop:
                     break
             yield sides
         finally:
