@@ -154,7 +154,7 @@ def examples() -> list[dict]:
     for row in rows:
         files = [str(EXAMPLES / row[kind]) for kind in ("image", "video", "audio") if kind in row]
         found.append({"text": row["question"], "files": files})
-    return found + [{"text": "What is 3 + 4 + 2? Think step by step.", "files": []}]
+    return found + [{"text": "What is 47 + 38?", "display_text": "What is 47 + 38? (thinks first)", "files": []}]
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -285,7 +285,9 @@ def build(demo):
             return line(str(error), True)
 
     def start(event: gr.SelectData):
-        return starters[event.index]
+        """An example into the text box, with thinking where it needs that."""
+        starter = starters[event.index]
+        return {name: starter[name] for name in ("text", "files")}, defaults.thinking or not starter["files"]
 
     def look(request: gr.Request):
         seen = own(request).seen()
@@ -359,7 +361,7 @@ def build(demo):
         conversation.edit(edit, chosen, outputs, **quiet, **many)
         conversation.undo(undo, None, outputs, **quiet)
         conversation.clear(clear, None, [conversation, after], **quiet)
-        conversation.example_select(start, None, text, **quiet)
+        conversation.example_select(start, None, [text, chosen[0]], **quiet)
         (a, line_a, chosen_a), (b, line_b, chosen_b) = sides
         both.submit(compare, [both, *chosen_a, *chosen_b], [a, line_a, b, line_b, both], **quiet, **many)
         for typed, counted, options in ((text, tally, chosen), (both, both_tally, chosen_a)):
