@@ -334,6 +334,7 @@ class Session:
         self.files: set[str] = set()
         self.running: Running | None = None
         self.busy = threading.Lock()  # held while a message is answered
+        self.halted = threading.Event()  # somebody has pressed stop, maybe before the model was reached
         self.draft, self.problem, self.closed = None, None, False
         self.last: tuple[list[dict], Settings, dict[bytes, torch.Tensor]] | None = None  # what the model read last
 
@@ -395,15 +396,11 @@ class Session:
     def count(self, text: str, files: list[str], settings: Settings) -> dict[str, int]:
         """Tokens that a message would cost: {"text", "image", "video", "audio", "total"} of its own, "prompt" with all
         that was said before, and "limit" of the prompt."""
-        processor, system = (
-            self.demo.processor,
-            [{"role": "system", "content": settings.system}] * bool(settings.system),
-        )
-        before = [*system, *self.chat.messages]
+        before = [{"role": "system", "content": settings.system}] * bool(settings.system) + self.chat.messages
         message = self.message(text, files, settings, question=False)
         options = settings.prompt | {"enable_thinking": settings.thinking, "add_generation_prompt": True}
-        after = processor.count_tokens([*before, message], **options)
-        empty = processor.count_tokens([*before, {"role": "user", "content": ""}], **options)
+        after = self.demo.processor.count_tokens([*before, message], **options)
+        empty = self.demo.processor.count_tokens([*before, {"role": "user", "content": ""}], **options)
         own = {kind: after[kind] - empty[kind] for kind in after}
         return own | {"prompt": after["total"], "limit": prompt_limit(self.demo.model, settings.max_new_tokens)}
 
@@ -412,9 +409,7 @@ class Session:
 
         A message that gets no token of an answer leaves the conversation as it was; it is then in `draft`.
         """
-        self.stop()
-        if not self.busy.acquire(timeout=30):
-            raise OmniInputError("the last answer has not stopped yet; try again")
+        self.hold()
         kept, said = self.exchanges, self.chat.messages
         at = len(kept) if at is None else at
         exchange, done = Exchange(text, list(files)), False
@@ -426,22 +421,18 @@ class Session:
             yield
             message = self.message(text, files, settings)
             turn = self.prepare([*said[: 2 * at], message], settings)
-            exchange.running = self.running = Running(self.demo, turn.inputs, settings, self.key)
-            exchange.note = "\n".join(turn.notes)
+            exchange.running = self.running = self.start(turn.inputs, settings, self.key)
+            lowered = "".join(f"\n{note}" for note in turn.notes if note.startswith("lowered"))
+            exchange.note = lowered.strip()
             for _ in self.running.wait():
                 yield
             done = self.running.tokens > 0
             if done:
                 self.chat.messages = said[: 2 * at]
-                result = {"answer": self.running.texts["answer"], "reasoning": self.running.texts["reasoning"]}
                 numbers = self.running.statistics()
-                result |= {
-                    "finish_reason": numbers["finish_reason"],
-                    "generated_tokens": numbers["tokens"],
-                    "seconds": 0,
-                }
+                result = {"generated_tokens": numbers["tokens"], "seconds": 0.0, **numbers, **self.running.texts}
                 self.chat.answered(turn, result)
-                exchange.note = statistics_line(numbers)
+                exchange.note = statistics_line(numbers) + lowered
                 if self.running.note:
                     exchange.note += f"\n{self.running.note}"
                 self.last = turn.messages, settings, self.kept_tokens(turn.inputs)
@@ -460,15 +451,17 @@ class Session:
             self.busy.release()
         yield
 
+    def start(self, inputs: dict, settings: Settings, scope: str) -> Running:
+        running = Running(self.demo, inputs, settings, scope)
+        if self.halted.is_set():
+            running.stop()
+        return running
+
     def prepare(self, messages: list[dict], settings: Settings):
         """`Chat.prepare` with these settings."""
         chat = self.chat
-        chat.system, chat.thinking, chat.max_new_tokens = (
-            settings.system or None,
-            settings.thinking,
-            settings.max_new_tokens,
-        )
-        chat.prompt = settings.prompt
+        chat.system, chat.thinking = settings.system or None, settings.thinking
+        chat.max_new_tokens, chat.prompt = settings.max_new_tokens, settings.prompt
         with self.demo.decoding:
             return chat.prepare(messages)
 
@@ -504,25 +497,41 @@ class Session:
 
     def undo(self, index: int) -> dict:
         """Takes the message at `index` and all after it back; {"text", "files"} of it."""
-        self.stop()
-        with self.busy:
+        self.hold()
+        try:
             number = self.exchange_of(index)
             taken = self.exchanges[number]
             self.exchanges, self.chat.messages = self.exchanges[:number], self.chat.messages[: 2 * number]
+        finally:
+            self.busy.release()
         return {"text": taken.text, "files": taken.files}
 
     def stop(self) -> None:
+        self.halted.set()
         if self.running is not None:
             self.running.stop()
 
-    def clear(self) -> None:
-        """Forgets what was said and deletes the files of it."""
+    def hold(self) -> None:
+        """Takes `busy`, once the answer that runs has stopped.
+
+        Raises:
+            OmniInputError: it does not stop.
+        """
         self.stop()
-        with self.busy:
-            self.exchanges, self.chat.messages, self.last, self.opened = [], [], None, {}
+        if not self.busy.acquire(timeout=30):
+            raise OmniInputError("the last answer has not stopped yet; try again")
+        self.halted.clear()
+
+    def clear(self) -> None:
+        """Forgets what was said and deletes the files of it; those that wait in the text box stay."""
+        self.hold()
+        try:
+            self.exchanges, self.chat.messages, self.last = [], [], None
             self.draft = self.problem = None
-            self.demo.release(self)
+            self.demo.release(self, {path for path, *_ in self.opened})
             self.demo.queue.forget(self.key)
+        finally:
+            self.busy.release()
 
 
 class Demo:
@@ -604,11 +613,11 @@ class Demo:
                 session.files.add(str(real))
         return str(real)
 
-    def release(self, session: Session) -> None:
-        """Deletes the files of a session that no other session has (equal files share one path)."""
+    def release(self, session: Session, kept: frozenset | set = frozenset()) -> None:
+        """Deletes the files of a session, but for `kept` and those that another has too (equal files share a path)."""
         with self.lock:
-            files, session.files = session.files, set()
-            for path in files:
+            files, session.files = session.files, session.files & kept
+            for path in files - kept:
                 if not any(path in other.files for other in self.sessions.values() if other is not session):
                     with contextlib.suppress(OSError):
                         os.unlink(path)
@@ -624,16 +633,14 @@ class Demo:
         Raises:
             OmniInputError: the question cannot be asked.
         """
-        session.stop()
-        if not session.busy.acquire(timeout=30):
-            raise OmniInputError("the last answer has not stopped yet; try again")
+        session.hold()
         sides = [Exchange("", []), Exchange("", [])]
         scopes = [f"{session.key}/{side}" for side in "ab"]
         try:
             for side, settings, scope in zip(sides, choices, scopes):
                 message = session.message(text, files, settings)
                 turn = session.prepare([message], settings)
-                side.running = session.running = Running(self, turn.inputs, settings, scope)
+                side.running = session.running = session.start(turn.inputs, settings, scope)
                 for _ in side.running.wait():
                     yield sides
                 side.note = statistics_line(side.running.statistics())
