@@ -27,6 +27,7 @@ from .generation_rows import Row, row_settings
 from .inference import AnswerSplitter, default_max_new_tokens, default_thinking, encode, open_media, opens_thought
 from .inference import user_message as checked_message
 from .media import MediaLimits, OmniInputError
+from .media_source import _printable
 from .serving_queue import QueueFull, ServingQueue
 
 logger = logging.getLogger(__name__)
@@ -379,8 +380,12 @@ class Session:
             part = self.opened.get(key)
             if part is None:
                 sound = "auto" if settings.sound else "off"
-                with self.demo.decoding:
-                    part = open_media(media_kind(path), path, settings.frames, None, sound, limits.media)
+                try:
+                    with self.demo.decoding:
+                        part = open_media(media_kind(path), path, settings.frames, None, sound, limits.media)
+                except OmniInputError as error:  # nobody needs to know where files lie
+                    known = str(error).removeprefix(_printable(path))
+                    raise OmniInputError(os.path.basename(path)[:80] * (known != str(error)) + known) from error
             opened[key] = part
             held = sum(part_bytes(part) for part in [*media_parts(self.chat.messages), *opened.values()])
             if held > limits.session_bytes:

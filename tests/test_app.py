@@ -35,13 +35,13 @@ expect = sync_api.expect
 
 
 class Site:
-    """`python app.py` on a free port."""
+    """`python app.py` on a free port, with a password."""
 
-    def __init__(self, folder: Path, *flags: str, **environment: str):
-        folder.mkdir()
+    def __init__(self, folder: Path):
         self.folder, self.lines = folder, queue.Queue()
-        environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-        command = [sys.executable, "app.py", "--port", "0", *flags]
+        environment = {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMNI_PASSWORD": PASSWORD}
+        environment = os.environ | environment
+        command = [sys.executable, "app.py", "--port", "0", "--max-file-mb", "1"]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -73,24 +73,15 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def sites(tmp_path_factory):
-    """An open and a locked site, which start side by side."""
-    folder = tmp_path_factory.mktemp("sites")
-    both = Site(folder / "open", "--max-file-mb", "1"), Site(folder / "locked", OMNI_PASSWORD=PASSWORD)
+def site(tmp_path_factory):
+    site = Site(tmp_path_factory.mktemp("site"))
     try:
-        yield both
+        site.url = site.address()
+        yield site
     finally:
-        for site in both:
-            site.close()
-    assert [site.process.returncode for site in both] == [130, 130]
-    assert list(folder.glob("*/omni-demo-*")) == []  # nothing is left behind
-    assert not any("Traceback" in line for site in both for line in site.log), "".join(both[0].log + both[1].log)
-
-
-@pytest.fixture(scope="module")
-def site(sites) -> Site:
-    sites[0].url = getattr(sites[0], "url", None) or sites[0].address()
-    return sites[0]
+        site.close()
+    assert site.process.returncode == 130 and not any("Traceback" in line for line in site.log), "".join(site.log)
+    assert list(site.folder.iterdir()) == []  # nothing is left behind
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +100,7 @@ class User:
         self.context = browser.new_context(viewport={"width": width, "height": height}, permissions=["microphone"])
         self.context.set_default_timeout(PATIENCE)
         self.page = self.context.new_page()
+        self.context.request.post(f"{url}/login", form={"username": "ann", "password": PASSWORD})
         self.url, self.problems, self.hosts = url, [], set()
         self.page.on("console", lambda message: message.type == "error" and self.problems.append(message.text))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -373,34 +365,33 @@ def fetch(url: str, body: bytes | None = None, **headers) -> tuple[int, bytes, d
     request = urllib.request.Request(url, body, {name.replace("_", "-"): value for name, value in headers.items()})
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
-            return response.status, response.read(), dict(response.headers)
+            return response.status, response.read(), {"set-cookie": response.headers.get_all("set-cookie")}
     except urllib.error.HTTPError as error:
-        return error.code, error.read(), dict(error.headers)
+        return error.code, error.read(), {}
 
 
 def test_what_the_server_refuses(site):
-    assert fetch(site.url)[0] == 200
     assert fetch(site.url, Host="evil.example")[0] == 403
+    for path in ("/config", "/gradio_api/info", "/gradio_api/file=x"):
+        assert fetch(site.url + path)[0] == 401
+    assert fetch(f"{site.url}/gradio_api/queue/join", b"{}", Content_Type="application/json")[0] == 401
+    assert fetch(f"{site.url}/gradio_api/upload", b"x")[0] == 401
+    form = urllib.parse.urlencode({"username": "ann", "password": "wrong"}).encode()
+    assert fetch(f"{site.url}/login", form)[0] in (400, 401)
+    form = urllib.parse.urlencode({"username": "ann", "password": PASSWORD}).encode()
+    cookies = [cookie.split(";")[0] for cookie in fetch(f"{site.url}/login", form)[2]["set-cookie"]]
+    known = {"Cookie": "; ".join(cookies)}
+    assert fetch(site.url, **known)[0] == 200
     for path in ("/etc/passwd", f"{ROOT}/app.py", "../app.py", str(site.folder)):
-        assert fetch(f"{site.url}/gradio_api/file={urllib.parse.quote(path)}")[0] in (403, 404)
-    assert fetch(f"{site.url}/gradio_api/queue/join", b"x" * (2**20 + 1), Content_Type="application/json")[0] == 413
-    config = json.loads(fetch(f"{site.url}/config")[1])
+        assert fetch(f"{site.url}/gradio_api/file={urllib.parse.quote(path)}", **known)[0] in (403, 404)
+    known["Content-Type"] = "application/json"
+    assert fetch(f"{site.url}/gradio_api/queue/join", b"x" * (2**20 + 1), **known)[0] == 413
+    config = json.loads(fetch(f"{site.url}/config", **known)[1])
     assert not config["analytics_enabled"] and not config["run_history"]
-    assert json.loads(fetch(f"{site.url}/gradio_api/info")[1])["named_endpoints"] == {}
+    assert json.loads(fetch(f"{site.url}/gradio_api/info", **known)[1])["named_endpoints"] == {}
     value = {"text": "x", "files": [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}
     event = json.dumps({"data": [value] + [0] * 11, "fn_index": 0, "session_hash": "stranger"}).encode()
-    status, _, _ = fetch(f"{site.url}/gradio_api/queue/join", event, Content_Type="application/json")
+    status, _, _ = fetch(f"{site.url}/gradio_api/queue/join", event, **known)
     if status == 200:  # it is taken in, and answered with an error
-        answer = fetch(f"{site.url}/gradio_api/queue/data?session_hash=stranger")[1]
+        answer = fetch(f"{site.url}/gradio_api/queue/data?session_hash=stranger", **known)[1]
         assert b'"success":true' not in answer and b"root:" not in answer
-
-
-def test_a_password_locks_everything(sites):
-    url = sites[1].address()
-    assert fetch(f"{url}/config")[0] == 401 and fetch(f"{url}/gradio_api/upload", b"x")[0] in (401, 403)
-    form = urllib.parse.urlencode({"username": "ann", "password": "wrong"}).encode()
-    assert fetch(f"{url}/login", form)[0] in (400, 401)
-    form = urllib.parse.urlencode({"username": "ann", "password": PASSWORD}).encode()
-    status, _, headers = fetch(f"{url}/login", form)
-    cookie = (headers.get("set-cookie") or headers.get("Set-Cookie")).split(";")[0]
-    assert status == 200 and fetch(f"{url}/config", Cookie=cookie)[0] == 200
