@@ -181,6 +181,12 @@ class ConversationCache:
         self.features.clear()
         self.prefixes.clear()
 
+    def forget(self, scope: str) -> None:
+        """Drops all that was kept for a scope."""
+        for key in [key for key in self.features if key[0] == scope]:
+            del self.features[key]
+        self.prefixes = [prefix for prefix in self.prefixes if prefix.scope != scope]
+
     # -------------------------------------------------------------------------------------------- media
 
     def media_features(
@@ -271,10 +277,16 @@ class ConversationCache:
 
     @torch.no_grad()
     def prefill_all(
-        self, model, prompts: list[tuple[dict[str, torch.Tensor], str]], prefill_chunk_size: int | None = None
-    ) -> list[Ready]:
+        self,
+        model,
+        prompts: list[tuple[dict[str, torch.Tensor], str]],
+        prefill_chunk_size: int | None = None,
+        stopped: list[Callable[[], bool]] | None = None,
+    ) -> list[Ready | None]:
         """`prefill` of several prompts (inputs, scope): those of which nothing is known are read as one left-padded
-        batch, their media too; the others one by one."""
+        batch, their media too; the others one by one. None for a prompt whose `stopped` said so meanwhile; a batch
+        stops when that of every prompt does."""
+        stopped = stopped or [lambda: False] * len(prompts)
         groups: dict[int, list[int]] = {}  # tokens behind the user's turn -> prompts: their points lie side by side
         seen, read, ready = set(), [], {}
         for place, (inputs, scope) in enumerate(prompts):
@@ -287,13 +299,20 @@ class ConversationCache:
         for behind, places in groups.items():
             if len(places) > 1:
                 chosen = [(*prompts[place], *read[place]) for place in places]
-                ready |= zip(places, self._read_together(model, chosen, behind, prefill_chunk_size))
+                asked = [stopped[place] for place in places]
+                try:
+                    ready |= zip(places, self._read_together(model, chosen, behind, prefill_chunk_size, asked))
+                except Interrupted:
+                    ready |= dict.fromkeys(places)
         for place, (inputs, scope) in enumerate(prompts):
             if place not in ready:
-                ready[place] = self.prefill(model, inputs, prefill_chunk_size, scope)
+                try:
+                    ready[place] = self.prefill(model, inputs, prefill_chunk_size, scope, stopped[place])
+                except Interrupted:
+                    ready[place] = None
         return [ready[place] for place in range(len(prompts))]
 
-    def _read_together(self, model, prompts: list[tuple], behind: int, prefill_chunk_size: int | None) -> list[Ready]:
+    def _read_together(self, model, prompts: list[tuple], behind: int, chunk: int | None, stopped: list) -> list[Ready]:
         """Unknown prompts (inputs, scope, ids, media, keys) with `behind` tokens between their last point and their
         last token."""
         config = model.config.llm_config
@@ -308,8 +327,10 @@ class ConversationCache:
             mask[row, longest - lengths[row] :] = 1
         embeds, cache, points = torch.cat(embeds), DynamicCache(config=config), {}
         for begin, end in ((0, longest - behind), (longest - behind, longest)):
-            step = prefill_chunk_size or max(1, end - begin)
+            step = chunk or max(1, end - begin)
             for first in range(begin, end, step):
+                if all(asked() for asked in stopped):
+                    raise Interrupted
                 last = min(first + step, end)
                 piece, seen = embeds[:, first:last], mask[:, :last]
                 model.model(inputs_embeds=piece, attention_mask=seen, past_key_values=cache, use_cache=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor
 
-from .conversation import ConversationCache, end_tokens, generate_inputs
+from .conversation import ConversationCache, Interrupted, end_tokens, generate_inputs
 from .inference import AnswerSplitter, opens_thought, suppressed_tokens
 from .limits import is_out_of_memory
 from .processing_omni import OmniProcessor
@@ -193,6 +193,7 @@ def generate_rows(
 
     With `conversations` prompts are read from where an earlier one is known (`prefill_all`); then all decode as one
     batch. The point behind the answer is kept for a row that runs alone: in a batch, the first row to end is fed on.
+    A row that is stopped while its prompt is read ends without a token, and `on_token` is not called.
     """
     pad = processor.tokenizer.pad_token_id or 0
     ready = []
@@ -200,9 +201,17 @@ def generate_rows(
         batch = collate_prompts([row.inputs for row in rows], pad)
         batch = {name: value.to(model.device) for name, value in batch.items()}
     else:
-        ready = conversations.prefill_all(model, [(row.inputs, row.scope) for row in rows], prefill_chunk_size)
-        for row, known in zip(rows, ready):
+        prompts = [(row.inputs, row.scope) for row in rows]
+        stopped = [row.stopped or (lambda: False) for row in rows]
+        for row, known in zip(rows, conversations.prefill_all(model, prompts, prefill_chunk_size, stopped)):
+            if known is None:
+                row.finish_reason = "interrupted"
+                continue
+            ready.append(known)
             row.cached_tokens = known.cached
+        rows = [row for row in rows if row.finish_reason is None]
+        if not rows:
+            return
         batch = generate_inputs(ready, model.device, model.config.llm_config, pad)
     prompt_ids, ends = batch["input_ids"], end_tokens(model)
     processors = []

@@ -48,6 +48,7 @@ class ServingQueue:
         self.clients: OrderedDict[str, deque[tuple[Row, Callable]]] = OrderedDict()
         self.waiting = self.running = self.batches = 0
         self.closed, self.changed = False, threading.Condition()
+        self.gone: set[str] = set()  # scopes whose conversations are to be forgotten
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
         self.thread.start()
 
@@ -65,6 +66,12 @@ class ServingQueue:
             self.waiting += 1
             self.changed.notify()
 
+    def forget(self, scope: str) -> None:
+        """Drops what is kept of a scope's conversations, as soon as the model is free."""
+        with self.changed:
+            self.gone.add(scope)
+            self.changed.notify()
+
     def close(self) -> None:
         """Ends the rows that run at their next token and drops those that wait."""
         with self.changed:
@@ -77,7 +84,11 @@ class ServingQueue:
     def _take(self) -> list[tuple[Row, Callable]]:
         """The next batch, one row of each client in turn; empty when the queue is closed."""
         with self.changed:
-            self.changed.wait_for(lambda: self.waiting or self.closed)
+            self.changed.wait_for(lambda: self.waiting or self.closed or self.gone)
+            while self.gone:  # here, because the store belongs to this thread
+                scope = self.gone.pop()
+                if self.conversations is not None:
+                    self.conversations.forget(scope)
             until = time.monotonic() + GATHERING
             while 0 < self.waiting < self.max_batch and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)

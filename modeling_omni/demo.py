@@ -1,0 +1,679 @@
+"""The demo without its page: sessions, settings, limits, and answers on their way (`app.py` shows them in a browser).
+
+One `Demo` holds the model behind a fair queue (serving_queue.py). Every browser tab has a `Session` of its own: what
+was said, its files, its part of the store of conversations. Sessions know nothing of each other; when one ends, its
+files and all that the model kept of it are deleted. Nothing here imports gradio.
+"""
+
+import contextlib
+import logging
+import mimetypes
+import os
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from .chat import Chat
+from .conversation import media_of
+from .degrade import prompt_limit
+from .generation_rows import Row, row_settings
+from .inference import AnswerSplitter, default_max_new_tokens, default_thinking, encode, open_media, opens_thought
+from .inference import user_message as checked_message
+from .media import MediaLimits, OmniInputError
+from .media_source import _printable
+from .serving_queue import QueueFull, ServingQueue
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = Path(__file__).parent / "nano" / "examples"
+REFRESH = 0.1  # seconds between two looks at an answer that is being written
+MORE_KINDS = {".webp": "image", ".avif": "image", ".mkv": "video", ".webm": "video", ".flac": "audio", ".opus": "audio"}
+PREFILL_CHUNK = 2048  # tokens of a prompt between two looks at the stop button
+
+
+@dataclass
+class DemoLimits:
+    """What the demo takes on, with the defaults."""
+
+    file_bytes: int = 100 * 1024**2
+    disk_bytes: int = 4 * 1024**3  # of the files of all sessions
+    files: int = 8  # of a message
+    characters: int = 20_000  # of a message
+    turns: int = 50  # of a conversation
+    session_bytes: int = 2 * 1024**3  # decoded media of a conversation
+    sessions: int = 64
+    idle_seconds: float = 3600.0  # a session that nobody has touched for so long is forgotten
+    new_tokens: int = 16_384  # of reasoning and answer
+    seconds: float = 300.0  # from sending to the last token
+    waiting: int = 16  # answers that wait for the model
+    batch: int = 4  # answers that run at a time
+    decoders: int = 2  # messages decoded and encoded at a time
+    cache_bytes: int = 1024**3  # states of conversations, and as much for features of media
+    media: MediaLimits = field(
+        default_factory=lambda: MediaLimits(
+            max_bytes=100 * 1024**2,
+            max_image_pixels=50_000_000,
+            max_video_bytes=1024**3,
+            max_video_frames=512,
+            max_video_seconds=3600.0,
+            max_audio_seconds=3600.0,
+            timeout=60.0,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the controls say.
+
+    Attributes:
+        reasoning_budget: tokens of thought; negative: no limit. temperature: 0 is greedy.
+        frames: of a video, at most. max_patches: of a picture or frame; None: as the model likes.
+        pruning_rate: share of video tokens that EVS drops.
+    """
+
+    thinking: bool = False
+    reasoning_budget: int = -1
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    frames: int | None = None
+    max_patches: int | None = None
+    pruning_rate: float = 0.0
+    sound: bool = True
+    system: str = ""
+
+    @property
+    def prompt(self) -> dict:
+        """Options of `encode`."""
+        return {"video_pruning_rate": self.pruning_rate}
+
+
+def check_settings(settings: Settings, limits: DemoLimits) -> None:
+    """Raises OmniInputError for what no control can say, but a request can."""
+    for name, fits in (
+        ("reasoning_budget", lambda n: -1 <= n <= limits.new_tokens),
+        ("max_new_tokens", lambda n: 1 <= n <= limits.new_tokens),
+        ("temperature", lambda n: 0 <= n <= 2),
+        ("top_p", lambda n: 0 < n <= 1),
+        ("seed", lambda n: 0 <= n < 2**32),
+        ("frames", lambda n: n is None or 1 <= n <= limits.media.max_video_frames),
+        ("max_patches", lambda n: n is None or 16 <= n <= 2**16),
+        ("pruning_rate", lambda n: 0 <= n < 1),
+        ("system", lambda text: len(text) <= limits.characters),
+    ):
+        value = getattr(settings, name)
+        if not fits(value):
+            raise OmniInputError(f"{name} cannot be {value!r:.40}; move its control")
+
+
+# ------------------------------------------------------------------------------------------------------ answers
+
+
+class Running:
+    """One answer on its way; `look` takes up what has come since.
+
+    Attributes:
+        reasoning, answer: as far as they are written. thinking: the thought is not over.
+        thought_seconds: of the thought, once it is over.
+        finish_reason: "stop", "length" or "interrupted"; None while it runs, or where `error` says why not.
+    """
+
+    def __init__(self, demo: "Demo", inputs: dict, settings: Settings, scope: str):
+        self.stopping, self.asked = threading.Event(), time.monotonic()
+        self.deadline = self.asked + demo.limits.seconds
+        self.begun = self.first = self.last = self.thought_seconds = None
+        self.texts, self.tokens, self.dropped = {"reasoning": "", "answer": ""}, 0, False
+        self.error, self.finish_reason, self.asked_to_stop = None, None, False
+        self.arrived: queue.SimpleQueue = queue.SimpleQueue()
+        self.splitter = AnswerSplitter(demo.processor, opens_thought(demo.processor, inputs["input_ids"]))
+        self.thinking = self.splitter.section == "reasoning"
+        options, self.note = row_settings(
+            demo.model, settings.max_new_tokens, settings.temperature, settings.top_p if settings.temperature else None,
+            settings.seed, settings.reasoning_budget if self.thinking else -1,
+        )  # fmt: skip
+        self.row = Row(inputs, **options, on_token=self._on_token, stopped=self._stopped, scope=scope)
+        try:
+            demo.queue.submit(scope, self.row, self._failed)
+        except QueueFull:
+            raise OmniInputError(f"{demo.limits.waiting} answers are waiting already; try again in a minute") from None
+
+    # the next three run in the model's thread
+
+    def _stopped(self) -> bool:
+        over = self.stopping.is_set() or time.monotonic() > self.deadline
+        if self.begun is None:
+            self.begun, self.dropped = time.monotonic(), over
+        return over
+
+    def _on_token(self, token: int) -> None:
+        self.arrived.put((token, time.monotonic()))
+
+    def _failed(self, error: Exception) -> None:
+        self.error = error
+
+    def stop(self) -> None:
+        """Ends the generation at its next token, and a prompt that is still read at its next piece."""
+        self.stopping.set()
+
+    @property
+    def over(self) -> bool:
+        waiting = self.begun is None or self.dropped
+        ended = self.row.finish_reason is not None or self.error is not None
+        return ended or waiting and (self.stopping.is_set() or time.monotonic() > self.deadline)
+
+    def look(self) -> bool:
+        """Whether anything new has come."""
+        over, pieces, came = self.over, [], False  # `over` first: all tokens have come by then
+        with contextlib.suppress(queue.Empty):
+            while True:
+                token, at = self.arrived.get_nowait()
+                came, self.tokens, self.last = True, self.tokens + 1, at
+                self.first = at if self.first is None else self.first
+                pieces += self.splitter.push(token)
+                if self.thinking and self.splitter.section != "reasoning":
+                    self.thinking, self.thought_seconds = False, at - self.begun
+        if over and self.finish_reason is None and self.error is None:
+            pieces += self.splitter.finish()
+            self.finish_reason = self.row.finish_reason or "interrupted"
+            if self.thinking and self.first is not None:
+                self.thinking, self.thought_seconds = False, self.last - self.begun
+        for section, text in pieces:
+            self.texts[section] += text
+        return came or over
+
+    def wait(self) -> Iterator[None]:
+        """Yields after every change until the answer is over.
+
+        Raises:
+            OmniInputError: the model failed, or was never reached in time.
+        """
+        try:
+            while True:
+                if self.look():
+                    yield
+                if self.finish_reason is not None or self.error is not None:
+                    break
+                time.sleep(REFRESH)
+        finally:
+            self.asked_to_stop = self.stopping.is_set()
+            self.stop()
+        if self.error is not None:
+            if isinstance(self.error, OmniInputError):
+                raise self.error
+            if type(self.error).__name__ == "OutOfMemoryError":
+                raise OmniInputError("the model ran out of memory; send smaller media or fewer frames")
+            raise OmniInputError("the model failed on this message; see the terminal of the demo")
+        if self.first is None and not self.asked_to_stop and time.monotonic() > self.deadline:
+            raise OmniInputError("the model was busy for too long; try again")
+
+    def statistics(self) -> dict:
+        """Numbers of an answer that is over."""
+        seconds = self.last - self.first if self.tokens > 1 else None
+        return {
+            "first_token_seconds": None if self.first is None else self.first - self.asked,
+            "waited_seconds": None if self.begun is None else self.begun - self.asked,
+            "tokens": self.tokens,
+            "tokens_per_second": (self.tokens - 1) / seconds if seconds else None,
+            "prompt_tokens": self.row.prompt_tokens,
+            "cached_tokens": self.row.cached_tokens,
+            "memory": memory(),
+            "thought_cut": self.row.thought_cut,
+            "finish_reason": self.finish_reason,
+            "stopped": self.asked_to_stop,
+        }
+
+
+def memory() -> dict[str, int]:
+    """Bytes that this process holds: {"process"} and, with a GPU, {"gpu", "gpu_peak"}."""
+    held = {"process": psutil.Process().memory_info().rss}
+    if torch.cuda.is_available():
+        held |= {"gpu": torch.cuda.memory_allocated(), "gpu_peak": torch.cuda.max_memory_allocated()}
+    return held
+
+
+def statistics_line(numbers: dict) -> str:
+    """`Running.statistics` for people."""
+    first, speed = numbers["first_token_seconds"], numbers["tokens_per_second"]
+    parts = [] if first is None else [f"first token {first:.2f} s"]
+    if (numbers["waited_seconds"] or 0) > 0.5:
+        parts[-1:] = [f"{part} ({numbers['waited_seconds']:.1f} s of it in the queue)" for part in parts[-1:]]
+    parts += [] if speed is None else [f"{speed:.1f} tokens/s"]
+    parts.append(f"{numbers['tokens']} tokens")
+    known = f" ({numbers['cached_tokens']:,} known)" if numbers["cached_tokens"] else ""
+    parts.append(f"prompt {numbers['prompt_tokens']:,}{known}")
+    parts += [f"{name.replace('_', ' ')} memory {size / 2**30:.2f} GiB" for name, size in numbers["memory"].items()]
+    ended = "stopped" if numbers["stopped"] else "out of time"
+    ends = {"length": "cut off at the limit of new tokens", "interrupted": ended}
+    parts += [ends[numbers["finish_reason"]]] if numbers["finish_reason"] in ends else []
+    parts += ["the budget ended the thought"] if numbers["thought_cut"] else []
+    return " \u00b7 ".join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------ media
+
+
+def media_kind(path: str) -> str:
+    """ "image", "video" or "audio", by the name of a file; decoding tells whether that is true.
+
+    Raises:
+        OmniInputError: none of them.
+    """
+    kind = MORE_KINDS.get(Path(path).suffix.lower())
+    kind = kind or (mimetypes.guess_type(path, strict=False)[0] or "").partition("/")[0]
+    if kind not in ("image", "video", "audio"):
+        name = os.path.basename(path)
+        raise OmniInputError(
+            f"{name[:80]}: not a picture, video or sound by its name; give a file like .png, .mp4, .wav"
+        )
+    return kind
+
+
+def part_bytes(part: dict) -> int:
+    """Memory of a decoded message part."""
+    if part["type"] == "video":
+        clip = part["video"]
+        return clip.frames.nbytes + (0 if clip.audio is None else clip.audio.nbytes)
+    return part["image"].nbytes if part["type"] == "image" else part["audio"][0].nbytes if "audio" in part else 0
+
+
+def media_parts(messages: list[dict]) -> list[dict]:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if part["type"] != "text"]
+
+
+# ------------------------------------------------------------------------------------------------------ sessions
+
+
+@dataclass
+class Exchange:
+    """A message and its answer, as they are shown."""
+
+    text: str
+    files: list[str]
+    running: Running | None = None  # None: it waits for its media to be decoded
+    note: str = ""
+
+    def shown(self) -> list[dict]:
+        """Messages of a gradio Chatbot: every file, the text, the thought, the answer."""
+        found = [{"role": "user", "content": {"path": path, "alt_text": os.path.basename(path)}} for path in self.files]
+        found += [{"role": "user", "content": self.text}] * bool(self.text)
+        if self.running is None:
+            return found
+        thought, answer = self.running.texts["reasoning"], self.running.texts["answer"]
+        if thought or self.running.thinking:
+            about = {"title": "Thinking", "status": "pending" if self.running.thinking else "done"}
+            if self.running.thought_seconds is not None:
+                about["duration"] = round(self.running.thought_seconds, 2)
+            found.append({"role": "assistant", "content": thought, "metadata": about})
+        if answer or self.running.finish_reason is not None:
+            found.append({"role": "assistant", "content": answer or "(no answer)"})
+        return found
+
+
+class Session:
+    """One conversation of one browser tab.
+
+    Attributes:
+        exchanges: what was said. draft: {"text", "files"} of a message that got no answer, to be given back.
+        problem: why, or None.
+    """
+
+    def __init__(self, demo: "Demo", key: str):
+        self.demo, self.key, self.touched = demo, key, time.monotonic()
+        self.chat = Chat(demo.model, demo.processor, cache=demo.queue.conversations)
+        self.exchanges: list[Exchange] = []
+        self.opened: dict[tuple, dict] = {}  # (path, frames, sound) -> decoded part of the message being written
+        self.files: set[str] = set()
+        self.running: Running | None = None
+        self.busy = threading.Lock()  # held while a message is answered
+        self.halted = threading.Event()  # somebody has pressed stop, maybe before the model was reached
+        self.draft, self.problem, self.closed = None, None, False
+        self.last: tuple[list[dict], Settings, dict[bytes, torch.Tensor]] | None = None  # what the model read last
+
+    # ---------------------------------------------------------------------------------------- the page
+
+    def shown(self) -> list[dict]:
+        return [message for exchange in self.exchanges for message in exchange.shown()]
+
+    @property
+    def note(self) -> str:
+        """What is to be said about the last message."""
+        if self.draft is not None:
+            return "Stopped before the first word; the message was not sent."
+        return self.exchanges[-1].note if self.exchanges else ""
+
+    def exchange_of(self, index: int) -> int:
+        """Number of the exchange that the message at `index` of `shown` belongs to."""
+        for number, exchange in enumerate(self.exchanges):
+            index -= len(exchange.shown())
+            if index < 0:
+                return number
+        raise OmniInputError("that message is not there any more")
+
+    # ---------------------------------------------------------------------------------------- messages
+
+    def message(self, text: str, files: list[str], settings: Settings, question: bool = True) -> dict:
+        """A user's turn with its media decoded, each file once while it stays attached.
+
+        Args:
+            question: whether it must ask something.
+        """
+        limits = self.demo.limits
+        check_settings(settings, limits)
+        if len(text) > limits.characters:
+            raise OmniInputError(f"the text has {len(text):,} characters; the limit is {limits.characters:,}")
+        if len(files) > limits.files:
+            raise OmniInputError(f"{len(files)} files are attached; the limit is {limits.files} a message")
+        parts, opened = [], {}
+        for path in files:
+            path = self.demo.own_file(self, path)
+            key = (path, settings.frames, settings.sound)
+            part = self.opened.get(key)
+            if part is None:
+                sound = "auto" if settings.sound else "off"
+                try:
+                    with self.demo.decoding:
+                        part = open_media(media_kind(path), path, settings.frames, None, sound, limits.media)
+                except OmniInputError as error:  # nobody needs to know where files lie
+                    known = str(error).removeprefix(_printable(path))
+                    raise OmniInputError(os.path.basename(path)[:80] * (known != str(error)) + known) from error
+            opened[key] = part
+            held = sum(part_bytes(part) for part in [*media_parts(self.chat.messages), *opened.values()])
+            if held > limits.session_bytes:
+                limit = f"{limits.session_bytes / 2**30:.1f} GiB"
+                raise OmniInputError(f"the media of this conversation need more than {limit}; clear it, or send less")
+            capped = settings.max_patches is not None and part["type"] != "audio"
+            parts.append(part | ({"max_patches": settings.max_patches} if capped else {}))
+        self.opened = opened
+        if question:
+            return checked_message(text, parts)
+        return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    def count(self, text: str, files: list[str], settings: Settings) -> dict[str, int]:
+        """Tokens that a message would cost: {"text", "image", "video", "audio", "total"} of its own, "prompt" with all
+        that was said before, and "limit" of the prompt."""
+        before = [{"role": "system", "content": settings.system}] * bool(settings.system) + self.chat.messages
+        message = self.message(text, files, settings, question=False)
+        options = settings.prompt | {"enable_thinking": settings.thinking, "add_generation_prompt": True}
+        after = self.demo.processor.count_tokens([*before, message], **options)
+        empty = self.demo.processor.count_tokens([*before, {"role": "user", "content": ""}], **options)
+        own = {kind: after[kind] - empty[kind] for kind in after}
+        return own | {"prompt": after["total"], "limit": prompt_limit(self.demo.model, settings.max_new_tokens)}
+
+    def ask(self, text: str, files: list[str], settings: Settings, at: int | None = None) -> Iterator[None]:
+        """Answers a message, in place of the exchanges from number `at` on; yields whenever there is more to show.
+
+        A message that gets no token of an answer leaves the conversation as it was; it is then in `draft`.
+        """
+        self.hold()
+        kept, said = self.exchanges, self.chat.messages
+        at = len(kept) if at is None else at
+        exchange, done = Exchange(text, list(files)), False
+        try:
+            self.draft = self.problem = None
+            if at >= self.demo.limits.turns:
+                raise OmniInputError(f"this conversation has {at} messages, which is the limit; clear it to go on")
+            self.exchanges = [*kept[:at], exchange]
+            yield
+            message = self.message(text, files, settings)
+            turn = self.prepare([*said[: 2 * at], message], settings)
+            exchange.running = self.running = self.start(turn.inputs, settings, self.key)
+            lowered = "".join(f"\n{note}" for note in turn.notes if note.startswith("lowered"))
+            exchange.note = lowered.strip()
+            for _ in self.running.wait():
+                yield
+            done = self.running.tokens > 0
+            if done:
+                self.chat.messages = said[: 2 * at]
+                numbers = self.running.statistics()
+                result = {"generated_tokens": numbers["tokens"], "seconds": 0.0, **numbers, **self.running.texts}
+                self.chat.answered(turn, result)
+                exchange.note = statistics_line(numbers) + lowered
+                if self.running.note:
+                    exchange.note += f"\n{self.running.note}"
+                self.last = turn.messages, settings, self.kept_tokens(turn.inputs)
+        except OmniInputError as error:
+            self.problem = str(error)
+        except Exception:
+            logger.exception("a message failed")
+            self.problem = "something went wrong; see the terminal of the demo"
+        finally:
+            if self.running is not None:
+                self.running.stop()
+            if not done:
+                self.exchanges, self.chat.messages = kept, said
+                self.draft = {"text": text, "files": list(files)}
+            self.running, self.opened = None, {}
+            self.busy.release()
+        yield
+
+    def start(self, inputs: dict, settings: Settings, scope: str) -> Running:
+        running = Running(self.demo, inputs, settings, scope)
+        if self.halted.is_set():
+            running.stop()
+        return running
+
+    def prepare(self, messages: list[dict], settings: Settings):
+        """`Chat.prepare` with these settings."""
+        chat = self.chat
+        chat.system, chat.thinking = settings.system or None, settings.thinking
+        chat.max_new_tokens, chat.prompt = settings.max_new_tokens, settings.prompt
+        with self.demo.decoding:
+            return chat.prepare(messages)
+
+    def kept_tokens(self, inputs: dict) -> dict[bytes, torch.Tensor]:
+        """Which tokens EVS has kept, by content of the video."""
+        features, found = self.demo.queue.conversations.features, {}
+        for medium in media_of(inputs, self.demo.model.config.merge_size) if "video_keep_tokens" in inputs else ():
+            known = features.get((self.key, medium.digest))
+            if known is not None and known[1] is not None:
+                found[medium.digest] = known[1]
+        return found
+
+    def seen(self) -> tuple[list[dict], dict, dict[bytes, torch.Tensor]] | None:
+        """Messages, model inputs and kept tokens of the last answered prompt; the inputs are made anew."""
+        if self.last is None:
+            return None
+        messages, settings, kept = self.last
+        with self.demo.decoding:
+            inputs = encode(
+                self.demo.model, self.demo.processor, messages, settings.thinking, device="cpu", **settings.prompt
+            )
+        return messages, inputs, kept
+
+    def retry(self, index: int, settings: Settings) -> Iterator[None]:
+        number = self.exchange_of(index)
+        exchange = self.exchanges[number]
+        return self.ask(exchange.text, exchange.files, settings, number)
+
+    def edit(self, index: int, text: str, settings: Settings) -> Iterator[None]:
+        """Asks another text in place of the one at `index`; its files stay, what came after it goes."""
+        number = self.exchange_of(index)
+        return self.ask(text, self.exchanges[number].files, settings, number)
+
+    def undo(self, index: int) -> dict:
+        """Takes the message at `index` and all after it back; {"text", "files"} of it."""
+        self.hold()
+        try:
+            number = self.exchange_of(index)
+            taken = self.exchanges[number]
+            self.exchanges, self.chat.messages = self.exchanges[:number], self.chat.messages[: 2 * number]
+        finally:
+            self.busy.release()
+        return {"text": taken.text, "files": taken.files}
+
+    def stop(self) -> None:
+        self.halted.set()
+        if self.running is not None:
+            self.running.stop()
+
+    def hold(self) -> None:
+        """Takes `busy`, once the answer that runs has stopped.
+
+        Raises:
+            OmniInputError: it does not stop.
+        """
+        self.stop()
+        if not self.busy.acquire(timeout=30):
+            raise OmniInputError("the last answer has not stopped yet; try again")
+        self.halted.clear()
+
+    def clear(self) -> None:
+        """Forgets what was said and deletes the files of it; those that wait in the text box stay."""
+        self.hold()
+        try:
+            self.exchanges, self.chat.messages, self.last = [], [], None
+            self.draft = self.problem = None
+            self.demo.release(self, {path for path, *_ in self.opened})
+            self.demo.queue.forget(self.key)
+        finally:
+            self.busy.release()
+
+
+class Demo:
+    """A model and those who talk to it.
+
+    Args:
+        name: of the model, as shown. uploads: the folder in which the page's files lie.
+    """
+
+    def __init__(
+        self, model, processor, name: str = "nano", uploads: str | None = None, limits: DemoLimits | None = None
+    ):
+        self.model, self.processor, self.name = model, processor, name
+        self.limits = limits or DemoLimits()
+        self.uploads = Path(uploads).resolve() if uploads else None
+        self.queue = ServingQueue(
+            model, processor, self.limits.batch, max_waiting=self.limits.waiting, prefill_chunk_size=PREFILL_CHUNK,
+            cache_bytes=self.limits.cache_bytes,
+        )  # fmt: skip
+        self.decoding = threading.Semaphore(self.limits.decoders)
+        self.sessions: OrderedDict[str, Session] = OrderedDict()
+        self.lock = threading.RLock()
+
+    @property
+    def defaults(self) -> Settings:
+        """What the checkpoint says."""
+        config = self.model.generation_config
+        budget = getattr(config, "reasoning_budget", None)
+        sampled = bool(config.do_sample)
+        return Settings(
+            thinking=default_thinking(self.model),
+            reasoning_budget=-1 if budget is None else min(budget, self.limits.new_tokens),
+            max_new_tokens=min(default_max_new_tokens(self.model), self.limits.new_tokens),
+            temperature=float(config.temperature or 1.0) if sampled else 0.0,
+            top_p=float(config.top_p or 1.0) if sampled else 1.0,
+            pruning_rate=self.processor.video_pruning_rate,
+        )
+
+    def session(self, key: str) -> Session:
+        """The session of that name, new if it is not there; others that are idle or too many go.
+
+        Raises:
+            OmniInputError: all sessions are busy.
+        """
+        with self.lock:
+            now, found = time.monotonic(), self.sessions.get(key)
+            for other in list(self.sessions.values()):
+                full = found is None and len(self.sessions) >= self.limits.sessions
+                if other is not found and not other.busy.locked():
+                    if full or now - other.touched > self.limits.idle_seconds:
+                        self.close_session(other.key)
+            if found is None:
+                if len(self.sessions) >= self.limits.sessions:
+                    raise OmniInputError("too many people are here; try again in a minute")
+                found = self.sessions[key] = Session(self, key)
+            found.touched = now
+            self.sessions.move_to_end(key)
+            return found
+
+    def close_session(self, key: str) -> None:
+        """Ends a session: its answer stops, its files and what the model kept of it are deleted."""
+        with self.lock:
+            session = self.sessions.pop(key, None)
+            if session is None:
+                return
+            session.closed = True
+            session.stop()
+            self.release(session)
+            self.queue.forget(key)
+
+    def own_file(self, session: Session, path: str) -> str:
+        """A path that a message may name: a file that was uploaded, or a shipped example."""
+        real = Path(path).resolve()
+        roots = [EXAMPLES.resolve()] + ([self.uploads] if self.uploads else [])
+        if not any(real.is_relative_to(root) for root in roots) or not real.is_file():
+            raise OmniInputError(f"{os.path.basename(path)[:80]}: this file is not here any more; attach it again")
+        with self.lock:
+            if self.uploads and real.is_relative_to(self.uploads) and not session.closed:
+                session.files.add(str(real))
+        return str(real)
+
+    def release(self, session: Session, kept: frozenset | set = frozenset()) -> None:
+        """Deletes the files of a session, but for `kept` and those that another has too (equal files share a path)."""
+        with self.lock:
+            files, session.files = session.files, session.files & kept
+            for path in files - kept:
+                if not any(path in other.files for other in self.sessions.values() if other is not session):
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+                    with contextlib.suppress(OSError):
+                        os.rmdir(os.path.dirname(path))
+
+    def compare(
+        self, session: Session, text: str, files: list[str], choices: tuple[Settings, Settings]
+    ) -> Iterator[list[Exchange]]:
+        """One question under two settings, one after the other so that times can be compared, without what was said
+        before; yields both sides whenever there is more to show.
+
+        Raises:
+            OmniInputError: the question cannot be asked.
+        """
+        session.hold()
+        sides = [Exchange("", []), Exchange("", [])]
+        scopes = [f"{session.key}/{side}" for side in "ab"]
+        try:
+            for side, settings, scope in zip(sides, choices, scopes):
+                message = session.message(text, files, settings)
+                turn = session.prepare([message], settings)
+                side.running = session.running = session.start(turn.inputs, settings, scope)
+                for _ in side.running.wait():
+                    yield sides
+                side.note = statistics_line(side.running.statistics())
+                if side.running.asked_to_stop:
+                    break
+            yield sides
+        finally:
+            if session.running is not None:
+                session.running.stop()
+            session.running, session.opened = None, {}
+            session.busy.release()
+            for scope in scopes:
+                self.queue.forget(scope)
+
+    def close(self) -> None:
+        for key in list(self.sessions):
+            self.close_session(key)
+        self.queue.close()
+
+
+def count_line(counts: dict[str, int]) -> str:
+    """`Session.count` for people."""
+    kinds = " + ".join(f"{counts[kind]:,} {kind}" for kind in ("text", "image", "video", "audio") if counts[kind])
+    line = f"This message: {counts['total']:,} tokens" + (f" = {kinds}" if " + " in kinds else "")
+    line += f". Prompt: {counts['prompt']:,} of {counts['limit']:,}."
+    if counts["prompt"] > counts["limit"]:
+        line += " Too long: videos lose frames and pictures pixels to fit."
+    return line
+
+
+__all__ = ["Demo", "DemoLimits", "Exchange", "Running", "Session", "Settings", "count_line", "statistics_line"]
