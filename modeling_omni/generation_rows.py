@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import LogitsProcessor
 
-from .conversation import ConversationCache, Interrupted, end_tokens, generate_inputs
+from .conversation import ConversationCache, end_tokens, generate_inputs
 from .inference import AnswerSplitter, opens_thought, suppressed_tokens
 from .limits import is_out_of_memory
 from .processing_omni import OmniProcessor
@@ -203,8 +203,9 @@ def generate_rows(
     else:
         prompts = [(row.inputs, row.scope) for row in rows]
         stopped = [row.stopped or (lambda: False) for row in rows]
-        for row, known in zip(rows, conversations.prefill_all(model, prompts, prefill_chunk_size, stopped)):
-            if known is None:
+        known_rows = conversations.prefill_all(model, prompts, prefill_chunk_size, stopped)
+        for row, known, asked in zip(rows, known_rows, stopped, strict=True):
+            if known is None or asked():
                 row.finish_reason = "interrupted"
                 continue
             ready.append(known)
