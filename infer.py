@@ -221,8 +221,10 @@ def build_parser() -> argparse.ArgumentParser:
         description="What changed from the first model to each of the others on the same held-out prompts of the nano "
         "skills: paired differences with 95 % intervals and McNemar's exact test, as Markdown tables on stdout.",
     )  # fmt: skip
-    compare.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="two or more, the first is the "
-                         "one that the others are compared with")  # fmt: skip
+    compare.add_argument("--models", nargs="+", metavar="MODEL", help="two or more, the first is the one that the "
+                         "others are compared with")  # fmt: skip
+    compare.add_argument("--rollouts", nargs="+", metavar="FOLDER", help="instead: two or more folders of `train.py "
+                         "filter` on the same prompts; compares the scores of the sampled answers")  # fmt: skip
     compare.set_defaults(run=run_compare)
     for command in (evaluate, compare):
         suites = ("nano", "tables", "quantization") if command is evaluate else ("nano",)

@@ -4,9 +4,17 @@ Accuracies of two models on the same prompts are not independent: only the promp
 not tell them apart. McNemar's exact test asks whether these are evenly shared; the interval of the difference is Bonett
 and Price's (2012): Wald's with one prompt added to either kind, which keeps its level where few prompts differ. With
 many skills some pass 5 % by chance alone, so p-values corrected after Holm stand beside the plain ones.
+
+Sampled answers are compared by their scores: the mean of a prompt's rollouts, and over the prompts the paired difference
+with its normal interval (`rollouts_table`).
 """
 
+import json
 import math
+import statistics
+from pathlib import Path
+
+from .media import OmniInputError
 
 POWERED = 1000  # prompts below which small changes cannot be told from chance
 
@@ -87,4 +95,69 @@ def paired_markdown(rows: list[dict], first: str, second: str) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["holm", "mcnemar_exact", "paired_interval", "paired_markdown", "paired_row", "paired_table"]
+def read_rollouts(folder: str | Path) -> dict[str, tuple[str, float]]:
+    """id -> (source, mean score) of the rollouts that `train.py filter` has left in a folder.
+
+    Raises:
+        OmniInputError: there are none.
+    """
+    found = {}
+    for file in sorted(Path(folder).glob("pass_rates-*.jsonl")):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            found[record["id"]] = record.get("source") or "", statistics.fmean(record["scores"])
+    if not found:
+        raise OmniInputError(f"{folder} holds no rollouts (pass_rates-*.jsonl): run train.py filter")
+    return found
+
+
+def rollouts_table(first: str | Path, second: str | Path) -> list[dict]:
+    """Mean scores of two policies' sampled answers to the same prompts, per source and for "all".
+
+    Returns:
+        [{"skill", "samples" (prompts), "first", "second", "difference", "low", "high" (95 %, of the difference)}]
+
+    Raises:
+        OmniInputError: a folder without rollouts, or no two prompts in common.
+    """
+    before, after = read_rollouts(first), read_rollouts(second)
+    common = [name for name in before if name in after]
+    if len(common) < 2:
+        raise OmniInputError(f"{first} and {second} have {len(common)} prompts in common")
+    rows = []
+    for source in [*dict.fromkeys(before[name][0] for name in common), None]:
+        names = [name for name in common if source is None or before[name][0] == source]
+        changes = [after[name][1] - before[name][1] for name in names]
+        middle = statistics.fmean(changes)
+        half = 1.959964 * statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
+        means = [statistics.fmean(scores[name][1] for name in names) for scores in (before, after)]
+        row = {"skill": "all" if source is None else source, "samples": len(names), "first": means[0]}
+        rows.append(row | {"second": means[1], "difference": middle, "low": middle - half, "high": middle + half})
+    return rows
+
+
+def rollouts_markdown(rows: list[dict], first: str, second: str) -> str:
+    """`rollouts_table` as Markdown; differences whose interval leaves 0 out are in bold."""
+    lines = [
+        f"| sampled answers | prompts | {first} | {second} | change | 95 % interval |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        change = f"{100 * row['difference']:+.1f}"
+        change = f"**{change}**" if row["low"] > 0 or row["high"] < 0 else change
+        scores = f"{100 * row['first']:.1f} | {100 * row['second']:.1f}"
+        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+        lines.append(f"| {row['skill']} | {row['samples']} | {scores} | {change} | {interval} |")
+    return "\n".join(lines)
+
+
+__all__ = [
+    "holm",
+    "mcnemar_exact",
+    "paired_interval",
+    "paired_markdown",
+    "paired_row",
+    "paired_table",
+    "rollouts_markdown",
+    "rollouts_table",
+]

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from .comparison import POWERED, paired_markdown, paired_table
+from .comparison import POWERED, paired_markdown, paired_table, rollouts_markdown, rollouts_table
 from .configuration_omni import resolve_checkpoint
 from .evaluation import heldout_table, markdown_table
 from .evaluation_files import evaluate_file, named_files, provenance, results_markdown, save_results
@@ -163,7 +163,16 @@ def run_quantization(options, note) -> int:
 
 def run_compare(options, load_model, note) -> int:
     check_writable(options.out)
-    if len(options.models) < 2:
+    if options.rollouts:
+        first, *others = options.rollouts
+        tables = [rollouts_table(first, other) for other in others]
+        for other, rows in zip(others, tables):
+            print(rollouts_markdown(rows, first, other), flush=True)
+        if options.out:
+            found = [{"first": first, "second": other, "table": rows} for other, rows in zip(others, tables)]
+            Path(options.out).write_text(json.dumps(provenance() | {"comparisons": found}, indent=1))
+        return 0
+    if len(options.models or ()) < 2:
         raise OmniInputError("--models needs two or more, the first is the one that the others are compared with")
     options.samples = options.samples or 100
     started, tables, comparisons = time.monotonic(), [], []

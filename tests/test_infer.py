@@ -631,3 +631,25 @@ def test_nano_answers_the_shipped_examples(row):
     inputs = encode(model, processor, [user_message(row["question"], media)])
     assert not opens_thought(processor, inputs["input_ids"])
     assert list(stream_answer(model, processor, inputs))[-1][1]["answer"] == row["answer"]
+
+
+def test_sampled_answers_are_compared_by_prompt(tmp_path, capsys):
+    from scipy import stats
+
+    from modeling_omni.comparison import rollouts_table
+
+    rng = np.random.default_rng(0)
+    scores = {"a": rng.random((40, 8)), "b": rng.random((40, 8)) * 0.5 + 0.5}
+    for name, values in scores.items():
+        (tmp_path / name).mkdir()
+        rows = [{"id": str(i), "source": f"s{i % 2}", "scores": list(v)} for i, v in enumerate(values)]
+        kept = rows[:37] if name == "b" else rows
+        (tmp_path / name / "pass_rates-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    rows = rollouts_table(tmp_path / "a", tmp_path / "b")
+    assert [row["samples"] for row in rows] == [19, 18, 37]
+    changes = (scores["b"] - scores["a"]).mean(1)[:37]
+    low, high = stats.norm.interval(0.95, changes.mean(), stats.sem(changes))
+    assert [rows[-1][name] for name in ("difference", "low", "high")] == pytest.approx([changes.mean(), low, high])
+    assert infer.main(["compare", "--rollouts", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert f"**{100 * changes.mean():+.1f}**" in capsys.readouterr().out
+    assert infer.main(["compare", "--rollouts", str(tmp_path / "a"), str(tmp_path)]) != 0  # no rollouts there
