@@ -375,7 +375,8 @@ def check_gspo(args: GSPOArguments) -> None:
             f"save_every {args.save_every} and steps {args.steps} must be multiples of {repeats}, the optimizer steps "
             "on answers sampled at a time: they are not saved"
         )
-    for key in ("num_generations_eval", "tools", "rollout_func", "log_completions", "generation_kwargs"):
+    unknown_media = ("rollout_func", "use_transformers_continuous_batching", "use_transformers_paged")
+    for key in ("num_generations_eval", "tools", "log_completions", "generation_kwargs", *unknown_media):
         if args.trl.get(key):
             raise OmniInputError(f"trl: {key} goes past what this trainer does for media; leave it out")
 

@@ -403,6 +403,7 @@ def test_guards(folder):
         ({"reward": "good"}, "reward"),
         ({"trl": {"epsilon": 1}}, "set by other keys"),
         ({"trl": {"log_completions": True}}, "goes past"),
+        ({"trl": {"use_transformers_continuous_batching": True}}, "goes past"),
         ({"data": [{"path": str(folder / "mixed.jsonl"), "limit": 3}]}, "3 rows, but 4 prompts"),
         ({"data": [{"path": str(folder / "mixed.jsonl"), "streaming": True}]}, "streaming"),
     ):
