@@ -287,8 +287,8 @@ def tubelet_table(tables: Tables, files: dict, frames: list[int], clip: tuple[in
     rows = video_rows(tables, files, frames, ways, clip, repeats)
     notes = [
         f"EVS at q = {ON_OFF_RATE}. The video tower embeds two frames at a time and was trained so: a single frame is "
-        "paired with itself, as the last frame of an odd clip is in training. Scores of single frames are therefore those "
-        "of a way to read clips that this model was not trained on; the paper compares it with one that was.",
+        "paired with itself, as the last frame of an odd clip is in training. Single frames are thus read in a way "
+        "that the model was not trained on; their scores say nothing about a model that was.",
         *video_notes(frames, clip, repeats, rows),
     ]
     return made_table("Table 12: tubelets and EVS", list(rows[0]["cells"]), rows, notes)
