@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from .comparison import paired_row
 from .evaluation import heldout_table
@@ -38,7 +39,7 @@ def quantization_table(
     skills: list[str],
     samples: int,
     sources: list[str] | None = None,
-    rows: int = 32,
+    rows: int = 8,
     row_tokens: int = 2048,
     progress: Callable[[str], None] = lambda text: None,
     show: bool = False,
@@ -55,7 +56,7 @@ def quantization_table(
     for name in formats:
         if name not in ("bf16", *RECIPES) and not (Path(name) / "config.json").is_file():
             raise OmniInputError(f"format {name!r} is unknown; give bf16, {', '.join(RECIPES)} or a checkpoint folder")
-    table = []
+    table, scales = [], folder / "scales.safetensors"
     for number, name in enumerate(formats):
         settings = {"model": model_name, "format": name, "skills": skills, "samples": samples, "rows": rows} | options
         file = folder / f"{number}-{Path(name).parent.name or ''}{Path(name).name}.json"
@@ -67,11 +68,12 @@ def quantization_table(
         if name in RECIPES:
             place = folder / name
             if not (place / "config.json").is_file():
-                model, processor = load(model_name, "float32", "cpu")
-                batches = calibration_batches(processor, calibration_sources(model_name, sources), rows, row_tokens)
-                scales = calibrate(model, batches)
+                if not scales.is_file():  # one calibration for all formats
+                    model, processor = load(model_name, "float32", "cpu")
+                    batches = calibration_batches(processor, calibration_sources(model_name, sources), rows, row_tokens)
+                    save_file(calibrate(model, batches), scales)
                 shutil.rmtree(place, ignore_errors=True)
-                export_checkpoint(model_name, place, name, scales)
+                export_checkpoint(model_name, place, name, load_file(scales))
         model, processor = load(model_name if name == "bf16" else str(place), "float32", "cpu")
         set_input_quantization(model, True)
         form_weights(model, torch.float32)  # small enough, and many times as fast
