@@ -1,16 +1,18 @@
 """Hostile input: every item of the corpus gives a value or an OmniInputError that names item and limit, in bounded
 memory; limits can be set; what the processor promises holds for any media; a stretch of fuzzing finds nothing."""
 
+import io
 import json
 import resource
 import shutil
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from modeling_omni import OmniInputError, OmniProcessor
 from modeling_omni.configuration_omni import resolve_checkpoint
@@ -79,13 +81,15 @@ def test_files_with_the_wrong_ending(tmp_path):
 
 def test_a_clip_is_what_its_tables_say():
     """The corpus is built by hand: without lies it decodes to the frames that went in."""
-    frames = [picture(64, 48, "JPEG", seed) for seed in range(5)]
+    frames = []
+    for shade in range(0, 250, 50):
+        file = io.BytesIO()
+        Image.new("RGB", (64, 48), (shade, 120, 250 - shade)).save(file, "JPEG")
+        frames.append(file.getvalue())
     clip = load_video(mp4(frames), num_frames=5)
     assert clip.frames.shape == (5, 48, 64, 3) and clip.frame_indices == [0, 1, 2, 3, 4] and clip.fps == 10
-    assert (
-        np.array_equal(clip.frames[3], load_image(frames[3]))
-        or np.abs(clip.frames[3].astype(int) - load_image(frames[3]).astype(int)).mean() < 12
-    )  # FFmpeg's JPEG decoder and colours are not Pillow's
+    for decoded, frame in zip(clip.frames, frames):
+        assert np.abs(decoded.astype(int) - load_image(frame).astype(int)).max() < 8
     assert load_video(mp4([*frames[:2], picture(30, 90, "JPEG")]), num_frames=3).frames.shape == (3, 48, 64, 3)
 
 
@@ -100,7 +104,7 @@ OVER = [  # a limit, what it is set to, and something over it
     ("max_image_scans", 5, load_image, jpeg_of_scans(9)),
     ("timeout", 0, load_image, BIG),
     ("max_video_pixels", 1000, load_video, CLIP),
-    ("max_video_frames", 1, load_video, CLIP),
+    ("max_video_frames", 1, partial(load_video, num_frames=8), CLIP),
     ("max_video_bytes", 1000, load_video, CLIP),
     ("max_video_packets", 5, load_video, CLIP),
     ("max_video_edits", 2, load_video, mp4([picture(64, 48, "JPEG")] * 8, edits=[(800, 0)] * 3)),
@@ -128,7 +132,7 @@ def test_limits_of_a_conversation(processor):
     for name, value in (("max_decoded_bytes", 15_000), ("total_timeout", 0), ("max_text_chars", 20)):
         with pytest.raises(OmniInputError, match=f"MediaLimits.{name}"):
             processor.count_tokens(messages, media_limits=with_limits(MediaLimits(), [f"{name}={value}"]))
-    assert processor.count_tokens(messages, media_limits=MediaLimits())["image"] == 27
+    assert processor.count_tokens(messages, media_limits=MediaLimits())["image"] == 36
     with pytest.raises(OmniInputError, match="max_text_chars"):
         processor(text="abc " * 10, media_limits=MediaLimits(max_text_chars=30))
 
@@ -242,7 +246,7 @@ def test_broken_checkpoints(name, tmp_path):
 
 media_strategy = st.one_of(
     st.builds(lambda w, h: {"type": "image", "bytes": png(w, h, bytes(((w + 7) // 8 + 1) * h))},
-              st.integers(1, 3000), st.integers(1, 3000)),
+              st.integers(1, 1500), st.integers(1, 1500)),
     st.builds(lambda n, rate: {"type": "audio", "bytes": sound(np.zeros(n), rate)},
               st.integers(1, 60_000), st.sampled_from([1000, 7999, 16_000, 44_100, 384_000])),
     st.builds(lambda n, w, h: {"type": "video", "bytes": mp4([picture(w, h, "JPEG")] * n)},
@@ -251,7 +255,7 @@ media_strategy = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.lists(media_strategy, max_size=3), min_size=1, max_size=2),
     st.sampled_from([None, 12, 60, 700]),
@@ -317,17 +321,21 @@ def test_packing_conserves_tokens(sizes, row_tokens, media_tokens, num_rows):
 # ------------------------------------------------------------------------------------------------------ fuzzing
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return FuzzWorld(tmp_path_factory.mktemp("fuzz"), ("media", "prompt", "batch"))
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_stretch_of_fuzzing_finds_nothing(tmp_path):
+def test_a_stretch_of_fuzzing_finds_nothing(world):
     paths = ("media", "prompt", "batch")
-    world = FuzzWorld(tmp_path, paths)
     found = [(number, run_case(world, 1, number, paths)) for number in range(40)]
     assert [case for case in found if case[1][2] is not None] == []
     assert {outcome for _, (_, outcome, _) in found} == {"read", "refused"}
     assert [draw(1, 7, paths)[1] for _ in range(3)] == [draw(1, 7, paths)[1]] * 3 and set(PATHS) > set(paths)
 
 
-def test_fuzzing_sees_what_it_looks_for(tmp_path, processor):
+def test_fuzzing_sees_what_it_looks_for(world, processor, monkeypatch):
     """A placeholder taken out, a case that raises, are findings."""
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image", "bytes": BIG}]}], tokenize=True, return_tensors="pt"
@@ -337,6 +345,5 @@ def test_fuzzing_sees_what_it_looks_for(tmp_path, processor):
     inputs["mm_token_type_ids"][0, place] = 0
     with pytest.raises(Exception, match="placeholders"):
         check_inputs(processor, inputs)
-    world = FuzzWorld(Path(tmp_path), ("media",))
-    world.processor = None
+    monkeypatch.setattr(world, "processor", None)
     assert "AttributeError" in run_case(world, 1, 0, ("media",))[2]
