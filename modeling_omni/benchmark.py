@@ -208,8 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated (default: all)")
     parser.add_argument("--threads", default=f"1,{cores}" if cores > 1 else "1",
                         help="small cases run at all of these numbers, others at the largest")  # fmt: skip
-    parser.add_argument("--dtypes", default="bf16,fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated (default: bf16,fp32)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda where there is one, else cpu")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9.5, help="cases that would start later are left out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--out", help="also write settings and all numbers as JSON")

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--tokens", default="4096,16384,65536", help="comma-separated lengths")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens run at a time")
-    parser.add_argument("--model", default="nano")
+    parser.add_argument("--model", default="nano", help="nano (the default) or a checkpoint folder")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     lengths = [int(number) for number in given.tokens.split(",")]

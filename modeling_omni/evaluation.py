@@ -216,12 +216,12 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     seen = [s for s in SKILLS if s.startswith(("image_", "video_"))]
     parser = argparse.ArgumentParser(prog="python -m modeling_omni.evaluation", description=reduction_table.__doc__)
-    parser.add_argument("--model", default="nano")
+    parser.add_argument("--model", default="nano", help="nano (the default) or a checkpoint folder")
     parser.add_argument(
         "--skills", default=",".join(seen), help="comma-separated (default: all with pictures or video)"
     )
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25], help="shares of visual tokens to keep")
+    parser.add_argument("--samples", type=int, default=100, help="of every skill (default: 100)")
     parser.add_argument("--out", help="also write the rows as JSON")
     given = parser.parse_args(argv)
     model, processor = load(given.model)

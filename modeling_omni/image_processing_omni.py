@@ -151,7 +151,7 @@ def fit_media_budget(tokens_at: Sequence[Callable[[float], int]], budget: int | 
         OmniInputError: even the smallest size of every item does not fit.
     """
     scale = 1.0
-    if budget is None or not tokens_at:
+    if budget is None or (not tokens_at and budget >= 0):
         return scale
     total = sum(tokens(scale) for tokens in tokens_at)
     while total > budget:

@@ -190,9 +190,9 @@ def _decode_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits)
 
 
 def open_av(file: BinaryIO, limits: MediaLimits):
-    # `max_pixels` reaches the decoders that FFmpeg runs while it looks at the streams
+    # of the frames that FFmpeg decodes while it looks at the streams; the limit itself is checked by name behind it
     options = {"format_whitelist": AV_FORMATS, "protocol_whitelist": "none"}
-    options["max_pixels"] = str(limits.max_video_pixels)
+    options["max_pixels"] = str(4 * limits.max_video_pixels)
     return av.open(file, mode="r", options=options, metadata_errors="ignore", timeout=limits.timeout)
 
 

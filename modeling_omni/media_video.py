@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Any, BinaryIO
 
 import av
@@ -33,6 +34,7 @@ from .media_image import load_image
 from .media_source import Deadline, decoding, is_tensor, open_source, refuse
 
 SEEK_GAP = 8  # frames between the decoder and the next useful keyframe from which a seek is cheaper than decoding on
+MAX_SECONDS = 1e9  # of a start or an end: beyond any clip, and a number that floats can hold
 MISSING_FRAMES = 3  # a chosen frame that the decoder dropped may be replaced by one this near; further off is damage
 decode_packet = av.Packet.decode
 
@@ -125,7 +127,7 @@ def load_video(
     if audio not in ("auto", "on", "off"):
         raise OmniInputError(f"audio {audio!r} is unknown; give 'auto', 'on' or 'off'")
     for value in (start, end):
-        if value is not None and not (np.isfinite(value) and value >= 0):
+        if value is not None and not (isinstance(value, Real) and 0 <= value < MAX_SECONDS):
             raise OmniInputError(f"start {start} and end {end} must be seconds of 0 or more")
     if start is not None and end is not None and end <= start:
         raise OmniInputError(f"end {end} must lie after start {start}")

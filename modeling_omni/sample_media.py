@@ -68,7 +68,7 @@ def load_media(processor, parts: list[tuple[str, dict]], options: CallOptions) -
                 f"{len(media.images) + len(media.videos) + len(media.audios)} of them; limit {given.max_decoded_bytes} "
                 "(MediaLimits.max_decoded_bytes); send fewer or smaller ones"
             )
-    if media.images or media.videos:
+    if media.images or media.videos or options.max_media_tokens is not None:
         plan_grids(processor, media, options)
     return media
 
@@ -92,7 +92,7 @@ PART_OPTIONS = {
     "fps": ("a number above 0", lambda value: isinstance(value, Real) and 0 < value < math.inf),
     **dict.fromkeys(
         ("start", "end"),
-        ("seconds, 0 or more", lambda value: isinstance(value, Real) and 0 <= value < math.inf),
+        ("seconds, 0 or more", lambda value: isinstance(value, Real) and 0 <= value < 1e9),
     ),
     "sampling_rate": ("a rate in Hz", lambda value: isinstance(value, Real) and 0 < value < math.inf),
     "audio": ("'auto', 'on' or 'off'", lambda value: value in ("auto", "on", "off")),

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--skills", required=True, nargs="+", metavar="SKILL", help="nano skills, or all")
     command.add_argument("--count", type=int, default=100, help="prompts of every skill (default: 100)")
     command.add_argument("--first-seed", type=int, default=0, help="number of the first sample (default: 0)")
-    command.add_argument("--split", choices=("train", "heldout"), default="train")
+    command.add_argument("--split", choices=("train", "heldout"), default="train", help="default: train")
     command.add_argument("--mismatched", type=float, default=0.0, help="share of unanswerable prompts to add")
     command.add_argument("--think", action=argparse.BooleanOptionalAction, help="default: for text_math only")
     options = parser.parse_args(arguments)
