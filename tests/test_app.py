@@ -5,7 +5,6 @@ import os
 import queue
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -65,7 +64,7 @@ class Site:
         return {path.name for path in self.folder.glob("omni-demo-*/**/*") if path.is_file()}
 
     def close(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()
         try:
             self.process.wait(60)
         finally:
@@ -80,7 +79,7 @@ def site(tmp_path_factory):
         yield site
     finally:
         site.close()
-    assert site.process.returncode == 130 and not any("Traceback" in line for line in site.log), "".join(site.log)
+    assert site.process.returncode == 143 and not any("Traceback" in line for line in site.log), "".join(site.log)
     assert list(site.folder.iterdir()) == []  # nothing is left behind
 
 
