@@ -13,6 +13,7 @@ import hmac
 import html
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -451,7 +452,7 @@ def free_port(host: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """2 and one line on stderr where the input is at fault, 130 after Ctrl-C."""
+    """2 and one line on stderr where the input is at fault, 130 after Ctrl-C, 143 after SIGTERM; files go anyhow."""
     options = build_parser().parse_args(argv)
     from transformers.utils import logging
 
@@ -460,6 +461,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     if options.model == "nano" or not sys.stderr.isatty():
         logging.disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         launch(options)
     except (OmniInputError, OSError) as error:  # OSError: the port is taken
