@@ -5,8 +5,8 @@ not tell them apart. McNemar's exact test asks whether these are evenly shared; 
 and Price's (2012): Wald's with one prompt added to either kind, which keeps its level where few prompts differ. With
 many skills some pass 5 % by chance alone, so p-values corrected after Holm stand beside the plain ones.
 
-Sampled answers are compared by their scores: the mean of a prompt's rollouts, and over the prompts the paired difference
-with its normal interval (`rollouts_table`).
+Sampled answers are compared by their scores: the mean of a prompt's rollouts, and over the prompts the paired
+difference with its normal interval (`rollouts_table`).
 """
 
 import json
