@@ -76,6 +76,8 @@ class World:
             self.uvicorn = uvicorn_server(self.server)
             self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listener]}, daemon=True)
             self.thread.start()
+            while self.thread.is_alive() and not self.uvicorn.started:
+                time.sleep(0.01)
 
     def close(self) -> None:
         if self.port is not None:

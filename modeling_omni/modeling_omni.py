@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CompileConfig, GenerationMixin, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -110,8 +111,10 @@ class OmniPreTrainedModel(PreTrainedModel):
         """
         path = resolve_checkpoint(pretrained_model_name_or_path)
         if cls.released and os.path.isdir(path) and not {"subfolder", "variant", "gguf_file"} & kwargs.keys():
-            config = kwargs.get("config") or cls.config_class.from_pretrained(path)
-            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            config = kwargs.get("config")
+            if not isinstance(config, cls.config_class):
+                config = cls.config_class.from_pretrained(config or path)
+            with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
                 model = cls(copy.deepcopy(config))
             check_weights(path, model, getattr(config, "quantization_config", None) is None)
         return super().from_pretrained(path, *args, **kwargs)

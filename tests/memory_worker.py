@@ -3,6 +3,7 @@
 import json
 import resource
 import threading
+import time
 from pathlib import Path
 
 from modeling_omni.fuzzing import post
@@ -23,6 +24,8 @@ def main() -> None:
     listener = bind("127.0.0.1", 0, None)
     port, uvicorn = listener.getsockname()[1], uvicorn_server(server)
     threading.Thread(target=uvicorn.run, kwargs={"sockets": [listener]}, daemon=True).start()
+    while not uvicorn.started:
+        time.sleep(0.01)
     answers = [post(port, body("Copy: a"))]
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, resource.getrlimit(resource.RLIMIT_AS)[1]))
