@@ -187,7 +187,7 @@ def test_a_picture_by_keyboard_alone_and_what_the_model_saw(site, browser):
     )
     assert user.box.input_value() == "" and "shapes.png" in site.files()
     page.get_by_role("tab", name="Chat").focus()
-    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     seen = page.get_by_role("img", name="shapes.png as the model reads it")
     expect(seen).to_be_visible()
