@@ -227,16 +227,16 @@ def test_edit_retry_undo_and_clear(site, browser):
     user.attach(MEDIA / "shapes.png")
     user.send("What colour is the star?")
     expect(user.answers.last).to_have_text("blue")
-    user.chat.get_by_role("button", name="Edit").click()
+    user.chat.get_by_role("button", name="Edit").last.click()
     edited = user.chat.get_by_role("textbox").last
     edited.fill(RED)
     user.chat.get_by_role("button", name="Submit").click()
     expect(user.answers.last).to_have_text("top right")
-    user.chat.get_by_role("button", name="Retry").click()
+    user.chat.get_by_role("button", name="Retry").last.click()
     expect(user.panel.get_by_role("status").filter(has_text="known")).to_be_visible()  # on from what it has read
     expect(user.answers).to_have_count(1)
     expect(user.answers.last).to_have_text("top right")
-    user.chat.get_by_role("button", name="Undo").click()
+    user.chat.get_by_role("button", name="Undo").last.click()
     expect(user.box).to_have_value(RED)
     expect(user.answers).to_have_count(0)
     expect(user.panel.get_by_text("9 image")).to_be_visible()  # its picture is back too
