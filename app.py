@@ -311,7 +311,8 @@ def build(demo):
 
     # ---------------------------------------------------------------------------------------- what is there
 
-    chat_options = {"allow_tags": False, "layout": "bubble", "buttons": ["copy"], "group_consecutive_messages": True}
+    # not grouped: editing a group that holds a file fails in gradio 6.31 (its page takes every message for text)
+    chat_options = {"allow_tags": False, "layout": "bubble", "buttons": ["copy"], "group_consecutive_messages": False}
     typing = {
         "file_types": ["image", "video", "audio"], "file_count": "multiple", "sources": ["upload", "microphone"],
         "show_label": False, "max_lines": 8, "max_plain_text_length": limits.characters, "stop_btn": False,
