@@ -114,10 +114,9 @@ def about(demo) -> str:
             "**nano** shows how the model works; it is no assistant. It was trained from nothing on drawn and "
             "synthesised data and knows only what its tasks are about: coloured shapes and where they are, counting, "
             "words and digits in pictures, spoken digits and a few words, clips in which something moves, small sums, "
-            "copying. Held out, it is right in 80 to 100 % of most of them; weak are lines of text (53 %), documents of "
-            "several pages (54 %), buttons (69 %), words in unseen fonts (73 %) and counting (78 %). It answers best when "
-            "a conversation is about one "
-            "thing: clear it before another picture. Photographs, free talk and knowledge of the world are beyond it."
+            "copying. Held out, it is right in 80 to 100 % of most of them; weak are lines of text (53 %), documents "
+            "of several pages (54 %), buttons (69 %), words in unseen fonts (73 %) and counting (78 %). It answers best "
+            "when a conversation is about one thing: clear it before another picture. Photographs, free talk and knowledge of the world are beyond it."
         )
     else:
         model = (
