@@ -115,8 +115,8 @@ def about(demo) -> str:
             "synthesised data and knows only what its tasks are about: coloured shapes and where they are, counting, "
             "words and digits in pictures, spoken digits and a few words, clips in which something moves, small sums, "
             "copying. Held out, it is right in 80 to 100 % of most of them; weak are lines of text (53 %), documents "
-            "of several pages (54 %), buttons (69 %), words in unseen fonts (73 %) and counting (78 %). It answers best "
-            "when a conversation is about one thing: clear it before another picture. Photographs, free talk and "
+            "of several pages (54 %), buttons (69 %), words in unseen fonts (73 %) and counting (78 %). It answers "
+            "best when a conversation is about one thing: clear it before another picture. Photographs, free talk and "
             "knowledge of the world are beyond it."
         )
     else:
