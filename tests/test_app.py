@@ -1,5 +1,6 @@
 """The demo in a real browser: `python app.py` on nano, used by headless Chromium as people would use it."""
 
+import http.client
 import json
 import os
 import queue
@@ -23,7 +24,7 @@ MEDIA = ROOT / "modeling_omni/nano/examples"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RED = "Where is the red circle?"
 LONG = "Copy: " + "abc def ghi jkl " * 40  # nano thinks about this until it is cut off
-PATIENCE = 120_000  # milliseconds; a busy machine is slow
+PATIENCE = 1000 * int(os.environ.get("OMNI_TEST_PATIENCE", "60"))  # milliseconds; a busy machine is slow
 PASSWORD = "correct horse"
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
@@ -81,7 +82,7 @@ def site(tmp_path_factory):
         site.close()
     assert site.process.returncode == 143
     assert not any("modeling_omni/demo" in line for line in site.log), "".join(site.log)  # no traceback of ours
-    assert list(site.folder.iterdir()) == []  # nothing is left behind
+    assert [path for path in site.folder.iterdir() if path.name.startswith("omni-demo")] == []  # nothing is left behind
 
 
 @pytest.fixture(scope="module")
@@ -270,12 +271,15 @@ def test_a_video_with_sound_and_the_tokens_that_evs_kept(site, browser):
 def test_a_question_that_is_spoken(site, browser):
     user = User(browser, site.url)
     user.page.get_by_role("button", name="Record audio").click()
-    recorder = user.page.get_by_role("button", name=re.compile("(Start|Stop) recording"))
-    recorder.wait_for()
-    if recorder.get_attribute("aria-label") == "Start recording":
-        recorder.click()
-    user.page.wait_for_timeout(1500)
-    user.page.get_by_role("button", name="Stop recording").click()
+    start, stop = (user.page.get_by_role("button", name=f"{name} recording") for name in ("Start", "Stop"))
+    start.or_(stop).first.wait_for()
+    seconds = 0.0  # for which it has recorded; the buttons change places while the device opens
+    while seconds < 1.5:
+        user.page.wait_for_timeout(500)
+        seconds = seconds + 0.5 if stop.count() else 0.0
+        if start.count():
+            start.click()
+    stop.click()
     user.page.get_by_role("button", name="Attach audio").click()
     expect(user.panel.get_by_text(re.compile(r"This message: .*\d+ audio"))).to_be_visible()
     user.page.locator("[data-testid=submit-button]").first.click()
@@ -374,6 +378,17 @@ def fetch(url: str, body: bytes | None = None, **headers) -> tuple[int, bytes, d
         return error.code, error.read(), {}
 
 
+def announced(url: str, path: str, length: int, headers: dict) -> int:
+    """The status that a body of this length gets before a byte of it is sent."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=120)
+    connection.putrequest("POST", path)
+    for name, value in (headers | {"Content-Length": str(length)}).items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    with connection.getresponse() as response:
+        return response.status
+
+
 def test_what_the_server_refuses(site):
     assert fetch(site.url, Host="evil.example")[0] == 403
     for path in ("/config", "/gradio_api/info", "/gradio_api/file=x"):
@@ -389,7 +404,7 @@ def test_what_the_server_refuses(site):
     for path in ("/etc/passwd", f"{ROOT}/app.py", "../app.py", str(site.folder)):
         assert fetch(f"{site.url}/gradio_api/file={urllib.parse.quote(path)}", **known)[0] in (403, 404)
     known["Content-Type"] = "application/json"
-    assert fetch(f"{site.url}/gradio_api/queue/join", b"x" * (2**20 + 1), **known)[0] == 413
+    assert announced(site.url, "/gradio_api/queue/join", 2**20 + 1, known) == 413
     config = json.loads(fetch(f"{site.url}/config", **known)[1])
     assert not config["analytics_enabled"] and not config["run_history"]
     assert json.loads(fetch(f"{site.url}/gradio_api/info", **known)[1])["named_endpoints"] == {}
