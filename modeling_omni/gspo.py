@@ -32,6 +32,7 @@ from transformers import DynamicCache
 from trl import GRPOConfig, GRPOTrainer
 
 from .checkpoint import released_tensors
+from .checkpointing import model_inside
 from .data_adapters import KINDS as MEDIA_KINDS
 from .filtering import grade, media_parts
 from .inference import MEDIA_TOKENS, suppressed_tokens
@@ -299,7 +300,8 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
             media["mm_token_type_ids"] = media["mm_token_type_ids"][:, padding:last].to(input_ids.device)
         cache = DynamicCache(config=bare_model(model).config.llm_config)
         prompts = {"input_ids": input_ids[firsts, padding:last], "attention_mask": mask[:, padding:]}
-        model(**prompts, **media, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # not through DDP, whose passes are collective: a process whose answers all differ in their prompts has one less
+        model_inside(model)(**prompts, **media, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache.reorder_cache(torch.tensor(prompt_of, device=input_ids.device))
         answers = {"input_ids": input_ids[:, last:], "attention_mask": attention_mask[:, padding:]}
         return model(**answers, labels=labels[:, last:], past_key_values=cache, **inputs)
