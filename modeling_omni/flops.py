@@ -13,6 +13,7 @@ prefill, what query-conditioned token reduction (token_reduction.py) would save,
 Shape legend: S prompt tokens, L tokens that reach a layer, D width, H Mamba heads, P head size, N state size.
 """
 
+import argparse
 from collections.abc import Sequence
 
 import numpy as np
@@ -189,6 +190,7 @@ PAPER_CASES = {  # name -> (tubelets, EVS rate, tokens that the paper gives)
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m modeling_omni.flops", description=__doc__).parse_args()
     config = OmniConfig()
     llm = config.llm_config
     per_token, fixed = cache_bytes(llm)

@@ -147,7 +147,7 @@ def load_arguments(cls, argv: list[str] | None = None):
     for action in parser._actions:
         if "dict" in types.get(action.dest, ""):  # on the command line as JSON
             action.type, action.nargs = json.loads, None
-    config_parser = HfArgumentParser([])
+    config_parser = HfArgumentParser([], add_help=False)  # the other one shows every key
     config_parser.add_argument("--config")
     path = config_parser.parse_known_args(argv)[0].config
     values = {}

@@ -48,7 +48,7 @@ def test_a_chat_encodes_every_medium_once_and_answers_as_without_a_cache(nano):
     with tower_items(nano[0]) as seen:
         answers, notes = zip(*(say(cached, line) for line in lines))
     assert seen == {"vision": 2, "audio": 1}  # the picture, the frames, the sound
-    assert answers == tuple(say(plain, line)[0] for line in lines) and len(set(answers)) > 4
+    assert answers == tuple(say(plain, line)[0] for line in lines) and len(set(answers)) > 2
     assert all(answers[i] for i in (1, 3, 5, 7, 8, 9))
     assert ["known" in notes[i][-1] for i in (1, 3, 5, 7, 8, 9)] == [False, True, True, True, True, True]
     assert len(cached.messages) == 8 and cached.turns == plain.turns == 6
@@ -116,7 +116,7 @@ def test_the_command_line_outlives_a_message_that_is_too_large(nano, monkeypatch
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     assert infer.main(["chat"]) == 0
     out, err = capfd.readouterr()
-    assert "out of device memory" in err and out.splitlines()[0] == "red" and len(out.splitlines()) == 2
+    assert "out of memory" in err and out.splitlines()[0] == "red" and len(out.splitlines()) == 2
     assert err.count("(prompt ") == 2
 
 

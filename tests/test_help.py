@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TRAIN = ("sft", "mpo", "gspo", "distill", "filter", "pairs", "tower", "recipe", "rl", "report", "plan")
-INFER = ("ask", "chat", "batch", "serve", "eval", "compare", "merge")
+TRAIN = ("sft", "mpo", "gspo", "distill", "qad", "filter", "pairs", "tower", "recipe", "rl", "report", "plan")
+INFER = ("ask", "chat", "batch", "serve", "eval", "compare", "merge", "export")
 RUNNABLE = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     for path in ROOT.glob("modeling_omni/**/*.py")

@@ -24,6 +24,7 @@ from modeling_omni.modeling_omni import OmniForConditionalGeneration
 from modeling_omni.packing import pack_rows
 from modeling_omni.pretraining import TowerArguments, pretrain_tower
 from modeling_omni.processing_omni import OmniProcessor
+from modeling_omni.qad import QADArguments
 from modeling_omni.reporting import report_command
 from modeling_omni.training import (
     GROUPS,
@@ -99,6 +100,7 @@ def test_every_config_loads():
             OmniConfig(**yaml.safe_load(text))
         else:
             cls = TowerArguments if "tower:" in text.splitlines()[1] else SFTArguments
+            cls = QADArguments if "stage: qad" in text else cls
             load_arguments(cls, ["--config", str(file)])
 
 
