@@ -9,11 +9,11 @@ Sampled answers are compared by their scores: the mean of a prompt's rollouts, a
 difference with its normal interval (`rollouts_table`).
 """
 
-import json
 import math
 import statistics
 from pathlib import Path
 
+from .filtering import rollout_records
 from .media import OmniInputError
 
 POWERED = 1000  # prompts below which small changes cannot be told from chance
@@ -102,10 +102,8 @@ def read_rollouts(folder: str | Path) -> dict[str, tuple[str, float]]:
         OmniInputError: there are none.
     """
     found = {}
-    for file in sorted(Path(folder).glob("pass_rates-*.jsonl")):
-        for line in file.read_text().splitlines():
-            record = json.loads(line)
-            found[record["id"]] = record.get("source") or "", statistics.fmean(record["scores"])
+    for record in rollout_records(Path(folder)):
+        found[record["id"]] = record.get("source") or "", statistics.fmean(record["scores"])
     if not found:
         raise OmniInputError(f"{folder} holds no rollouts (pass_rates-*.jsonl): run train.py filter")
     return found

@@ -15,7 +15,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -120,18 +120,28 @@ def mismatched_rows(
 # ---------------------------------------------------------------------------------------------------- rollouts
 
 
-def read_scores(folder: Path) -> dict[str, dict]:
-    """key -> {"scores", "abstained", "completions" (where kept)} of all files; a line cut off by a kill is left out."""
-    found = {}
+def rollout_records(folder: Path) -> Iterator[dict]:
+    """What `measure_pass_rates` has written, line by line; a line cut off by a kill is left out."""
     for path in sorted(folder.glob("pass_rates-*.jsonl")):
         for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)
-                scores = {"scores": record["scores"], "abstained": record["abstained"]}
-                kept = {"completions": record["completions"]} if "completions" in record else {}
-                found[record["key"]] = found.get(record["key"], {}) | scores | kept
-            except (ValueError, KeyError, TypeError):
+            except ValueError:
                 continue
+            if isinstance(record, dict):
+                yield record
+
+
+def read_scores(folder: Path) -> dict[str, dict]:
+    """key -> {"scores", "abstained", "completions" (where kept)} of all files."""
+    found = {}
+    for record in rollout_records(folder):
+        try:
+            scores = {"scores": record["scores"], "abstained": record["abstained"]}
+            kept = {"completions": record["completions"]} if "completions" in record else {}
+            found[record["key"]] = found.get(record["key"], {}) | scores | kept
+        except (KeyError, TypeError):
+            continue
     return found
 
 
