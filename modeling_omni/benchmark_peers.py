@@ -49,14 +49,14 @@ NATIVE_TEXT = (
 
 
 def omni_config(size: str) -> OmniConfig:
-    """ "mid" or "nano"; without end tokens, so that nothing stops early."""
+    """ "mid", "mid32" (with the 30B's 32 query heads) or "nano"; without end tokens, so that nothing stops early."""
     if size == "nano":
         config = OmniConfig.from_pretrained(resolve_checkpoint("nano"))
         config.eos_token_id = config.llm_config.eos_token_id = None
         return config
     vision = MID_TOWERS["vision"] | {"num_prefix_tokens": 10}
     return OmniConfig(
-        llm_config=MID,
+        llm_config=MID | {"num_attention_heads": 32} if size == "mid32" else MID,
         vision_config=vision,
         sound_config=MID_TOWERS["sound"] | {"projection_hidden_size": 1024},
         projector_hidden_size=2048,

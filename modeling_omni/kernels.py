@@ -19,6 +19,8 @@ from .ssd import cuda_kernels
 
 # Tokens up to which compiled code multiplies every token with its own gathered experts, never forming the gather.
 GATHER_TOKENS = 16
+# Tokens up to which compiled code on a CPU multiplies a matrix with them in one loop over it.
+STREAM_TOKENS = 4
 # On a CPU a bfloat16 product of a new shape is compiled first, which takes longer than many a product: experts' rows
 # come in multiples of this.
 EVEN_ROWS = 16
@@ -125,16 +127,23 @@ def relu2(x: torch.Tensor) -> torch.Tensor:
 # ---- linear layers ----
 
 
+def _in_memory(x: torch.Tensor) -> torch.Tensor:
+    """x, of which the compiler would otherwise compute norm, activation or conversion again for every row of weights
+    that it is multiplied with: a strided view is one of something that stands in memory."""
+    return x.as_strided(x.shape, x.stride())
+
+
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """`layer(x)`. [..., in] -> [..., out].
 
-    A single token in compiled code on a CPU is a multiplication and a sum: the compiler makes one loop of them, which
-    streams the weights about twice as fast as the library's product of one row.
+    Few tokens in compiled code on a CPU are multiplications and sums: the compiler makes one loop of them, which
+    streams the weights about twice as fast as the library's product.
     """
-    one = torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == x.shape[-1]
-    if not one or type(layer) is not nn.Linear:  # adapters and quantised layers have a way of their own
+    few = torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= STREAM_TOKENS * x.shape[-1]
+    if not few or type(layer) is not nn.Linear:  # adapters and quantised layers have a way of their own
         return layer(x)
-    y = (layer.weight.float() * x.flatten().float()).sum(-1)
+    weight = layer.weight.float()
+    y = torch.stack([(weight * row).sum(-1) for row in _in_memory(x.flatten(0, -2).float())])
     if layer.bias is not None:
         y = y + layer.bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -175,8 +184,11 @@ def routed_experts(
 
 def experts_gathered(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI):
     """`routed_experts` as multiplications and sums over gathered weights, for the compiler."""
-    inner_TKI = relu2((up_EID[experts_TK] * hidden_TD[:, None, None]).sum(-1))
-    outputs_TKD = (down_EDI[experts_TK] * inner_TKI[:, :, None]).sum(-1)
+    dtype, wide = hidden_TD.dtype, torch.promote_types(hidden_TD.dtype, torch.float32)
+    hidden_TD = _in_memory(hidden_TD.to(wide))
+    inner_TKI = (up_EID[experts_TK].to(wide) * hidden_TD[:, None, None]).sum(-1).to(dtype)
+    inner_TKI = _in_memory(relu2(inner_TKI).to(wide))
+    outputs_TKD = (down_EDI[experts_TK].to(wide) * inner_TKI[:, :, None]).sum(-1).to(dtype)
     return (outputs_TKD * weights_TK[..., None]).sum(1)
 
 

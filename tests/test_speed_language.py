@@ -23,6 +23,7 @@ from modeling_omni.kernels import (
     experts_gathered,
     experts_grouped,
     gated_group_rms_norm,
+    linear,
     relu2,
     rms_norm,
     routed_experts,
@@ -291,6 +292,18 @@ def test_compiled_experts_never_form_the_gathered_weights():
         output, (code,) = inductor.run_and_get_code(compiled, *inputs)
         torch.testing.assert_close(output, plain_experts(*inputs), atol=1e-4, rtol=1e-4)
     assert "2, 3, 16, 8" not in code and "2, 3, 8, 16" not in code
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 5])  # 5: the library's product again
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_products_of_few_tokens(tokens, bias):
+    torch._dynamo.reset()
+    torch.manual_seed(tokens)
+    layer, weight = torch.nn.Linear(48, 40, bias).requires_grad_(False), torch.rand(48)
+    x = torch.randn(1, tokens, 48)
+    compiled = torch.compile(lambda x: linear(layer, rms_norm(x, weight, 1e-5)), dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(rms_norm(x, weight, 1e-5)), atol=1e-5, rtol=1e-5)
 
 
 # ---- attention ----
