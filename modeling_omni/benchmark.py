@@ -136,6 +136,24 @@ def run_case(phase: str, number: int, case: Case, threads: int, peaks: dict, opt
     return row
 
 
+@torch.no_grad()
+def operators(case: Case, options: Options, most: int = 8) -> str:
+    """Where our time goes: the operators with the most time of their own, in percent of all of them, by PyTorch's
+    profiler (what is compiled counts as one)."""
+    call = case.calls["ours, compiled" if "ours, compiled" in case.calls else "ours"]
+    with torch.set_grad_enabled(case.grad):
+        call()
+        with torch.profiler.profile() as profile:
+            call()
+    on_gpu = options.device.startswith("cuda")
+    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in profile.key_averages()}
+    largest = sorted(spent, key=spent.get, reverse=True)[:most]
+    shares = [
+        f"{name.split('::')[-1].split(' f')[0].strip('# ')} {spent[name] / sum(spent.values()):.0%}" for name in largest
+    ]
+    return ", ".join(shares)
+
+
 def memory_elsewhere(phase: str, number: int, peer: str, threads: int, options: Options) -> float | None:
     command = [sys.executable, "-m", "modeling_omni.benchmark", "--phases", phase, "--threads", str(threads)]
     command += ["--device", options.device, "--dtypes", ",".join(options.dtypes), "--memory-of", f"{number}:{peer}"]
@@ -213,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="default: cuda where there is one, else cpu")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=9.5, help="cases that would start later are left out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument("--profile", action="store_true", help="instead: in which operators our time is spent")
     parser.add_argument("--out", help="also write settings and all numbers as JSON")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # NUMBER:PEER of the one phase given
     given = parser.parse_args(argv)
@@ -227,6 +246,12 @@ def main(argv: list[str] | None = None) -> int:
         case = next(itertools.islice(PHASES[phases[0]](options), int(number), None))
         with torch.set_grad_enabled(case.grad):
             print(peak_memory(case.calls[peer], options.device))
+        return 0
+    if given.profile:
+        for phase in phases:
+            for case in PHASES[phase](options):
+                print(f"{phase}, {case.size}, {case.dtype}: {operators(case, options)}", flush=True)
+            models.cache_clear(), towers.cache_clear(), gc.collect()
         return 0
     deadline = time.monotonic() + 60 * given.minutes
     peaks = {}

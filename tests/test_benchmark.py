@@ -1,6 +1,7 @@
 """Costs by arithmetic, against shapes on the meta device, PyTorch's counter and real caches; the benchmark runs."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -144,6 +145,12 @@ def test_every_phase_runs(tmp_path, capsys):
         assert f"| {row['phase']} | {row['size']} |" in table
     for name in ("machine", "torch", "allocator", "load", "peaks", "load after"):
         assert f"{name}: " in table
+
+
+def test_profile_names_operators(capsys):
+    assert benchmark.main(["--quick", "--profile", "--phases", "prefill,train", "--dtypes", "fp32"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(re.search(r", fp32: .*mm \d+%", line) for line in lines)
 
 
 def test_peers_that_fail_are_named():
