@@ -18,6 +18,7 @@ Several processes: `accelerate launch --config_file configs/accelerate/<name>.ya
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,23 @@ FINISHED = {
 }
 
 
+def made_from(settings: dict) -> dict[str, str]:
+    """The config of a stage, and hashes of the weights that it starts from, and of its teachers, if they are there."""
+    from modeling_omni.rollouts import policy_name
+
+    names = [settings.get("model")]
+    for key in ("towers", "teachers"):
+        names += (settings.get(key) or {}).values()
+    hashes = {name: policy_name(name) for name in names if name}
+    hashes = {f"weights of {name}": value for name, value in hashes.items() if value != name}
+    return {"config": json.dumps(settings, sort_keys=True, default=str)} | hashes
+
+
 def recipe(argv: list[str]) -> None:
     """Runs every config that has not finished yet, in order, with the command that its key `stage` names (without one:
-    `tower` where it has that key, else `sft`); killed, the same command goes on where it was. After every stage: what
-    the held-out skills scored and how rewards rose."""
+    `tower` where it has that key, else `sft`); killed, the same command goes on where it was. What has finished stays,
+    with a warning where its config or the weights that it starts from are others by now. After every stage: what the
+    held-out skills scored and how rewards rose."""
     import yaml
 
     from modeling_omni.reporting import report_stages
@@ -57,21 +71,30 @@ def recipe(argv: list[str]) -> None:
         if command not in FINISHED:
             sys.exit(f"{path}: stage is {command!r}; known: {', '.join(FINISHED)}")
         folder = Path(settings["output_dir"])
-        stages.append((path, command, folder, folder / FINISHED[command].format(steps=settings.get("steps"))))
+        finished = folder / FINISHED[command].format(steps=settings.get("steps"))
+        stages.append((path, settings, command, folder, finished))
     shown = list(options.before)
-    for path, command, folder, finished in stages:
+    for path, settings, command, folder, finished in stages:
+        record = folder / "recipe.json"
         if command not in ("tower", "filter", "pairs"):
             shown.append(str(folder))
         if finished.exists():
             print(f"{path}: {finished} exists, nothing to do", flush=True)
+            if record.exists():  # not of a stage that was run by its own command
+                before, now = json.loads(record.read_text()), made_from(settings)
+                if changed := [name for name in before if now.get(name, before[name]) != before[name]]:
+                    print(f"WARNING: {folder} was made before a change of {', '.join(changed)}; delete it to run the "
+                          "stage again", flush=True)  # fmt: skip
             continue
         launch = [sys.executable]
         if options.launch and command != "tower":
             launch += ["-m", "accelerate.commands.launch", "--config_file", options.launch]
         line = [*launch, __file__, command, "--config", str(path)]
         print(" ".join(line), flush=True)
+        before = made_from(settings)
         if subprocess.run(line).returncode != 0:
             sys.exit(f"{path} failed; mend it and run the same command again, finished stages are kept")
+        record.write_text(json.dumps(before, indent=1))
         if shown[-1:] == [str(folder)] and path != stages[-1][0]:
             report_stages(shown, options.plot)
     report_stages(shown, options.plot)

@@ -51,7 +51,7 @@ from .rl_training import (
     run_stage,
     world_size,
 )
-from .rollouts import encode_media, end_tokens, padded_prompts, sample_ids
+from .rollouts import answer_ends, encode_media, padded_prompts, sample_ids
 from .training import _key, cosine_factor, parameter_groups
 
 ESTIMATORS = ("full", "sampled")
@@ -312,7 +312,7 @@ class DistillTrainer:
 
     def _grade(self, sampled: list, sums: Counter) -> None:
         """Adds lengths, answers that were cut off and, where rows have verifiers, rewards."""
-        ends = end_tokens(self.policy)
+        ends = answer_ends(self.policy, self.stage.processor)
         names = ("answers", "length", "cut_off", "graded", "reward")
         sums.update(dict.fromkeys(names, 0.0))
         for prompts, _, answers in sampled:

@@ -147,7 +147,7 @@ def read_scores(folder: Path) -> dict[str, dict]:
 
 def measure_pass_rates(
     rows: list[dict],
-    generate: Callable[[list[dict], int], list[list[str]]],
+    generate: Callable[[list[dict], int], list[list[str] | OmniInputError]],
     folder: str | Path,
     policy: str,
     settings: dict | None = None,
@@ -162,7 +162,8 @@ def measure_pass_rates(
     """Scores of every row's rollouts, generated where the folder does not hold them yet.
 
     Args:
-        generate: (rows, n) -> n whole completions of each row, with their thinking tags, as the trainer samples them.
+        generate: (rows, n) -> n whole completions of each row, with their thinking tags, as the trainer samples them;
+            for a row that cannot be used, an OmniInputError.
         folder: of the JSONL files; each process appends to its own and reads all.
         policy: what the initial policy is known by, such as a hash of its weights.
         settings: sampling settings, as the scores depend on them.
@@ -172,8 +173,8 @@ def measure_pass_rates(
         texts: keep the completions too.
 
     Returns:
-        {"scores": [rollouts], "abstained": int} per row, with "completions" [rollouts] if `texts`; None for rows that
-        other processes have not finished.
+        {"scores": [rollouts], "abstained": int} per row, with "completions" [rollouts] if `texts`; {"error": text} for
+        rows that cannot be used, None for rows that other processes have not finished.
 
     Raises:
         OmniInputError: rows that cannot be told apart later, an unknown verifier, too few completions.
@@ -195,9 +196,13 @@ def measure_pass_rates(
         for start in range(0, len(missing), batch_size):
             places = missing[start : start + batch_size]
             completions = generate([rows[i] for i in places], rollouts)
-            if len(completions) != len(places) or any(len(samples) != rollouts for samples in completions):
+            counts = [rollouts if isinstance(samples, OmniInputError) else len(samples) for samples in completions]
+            if counts != [rollouts] * len(places):
                 raise OmniInputError(f"generate must return {rollouts} completions for each of {len(places)} prompts")
             for i, samples in zip(places, completions):
+                if isinstance(samples, OmniInputError):  # not written down: it may be mended before the next run
+                    found[keys[i]] = {"error": str(samples)}
+                    continue
                 found[keys[i]] = grade(rows[i], samples, reward) | ({"completions": samples} if texts else {})
                 record = {"key": keys[i], "id": rows[i].get("id"), "source": rows[i].get("source")} | found[keys[i]]
                 file.write(json.dumps(record) + "\n")
@@ -236,7 +241,7 @@ def select_prompts(
     at_least: int = 1,
     seed: int = 0,
 ) -> tuple[list[dict], dict]:
-    """The rows to train on, in their order, and a report.
+    """The rows to train on, in their order, and a report; rows that cannot be used ("error") are left out of both.
 
     Args:
         bands: group -> (least, below which) pass rate, with "default"; BANDS has the paper's per stage.
@@ -255,6 +260,8 @@ def select_prompts(
     thresholds = {verifier_name(name): value for name, value in (pass_thresholds or {}).items()}
     groups, kept, exempt, abstained, rollouts = {}, [], [], 0, 0
     for place, (row, record) in enumerate(zip(rows, measured, strict=True)):
+        if record is not None and "error" in record:
+            continue
         if is_unanswerable(row):
             exempt.append(place)
             continue

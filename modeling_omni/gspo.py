@@ -3,7 +3,7 @@
 Of every prompt G answers are sampled and graded; with advantages A = (reward - mean of the group) / its deviation and
 the ratio s = exp(mean over tokens of log p(token) - log p_old(token)) of a whole answer, the loss is
 -min(s A, clip(s, 1 - epsilon, 1 + epsilon_high) A), the mean over answers; no KL term. Answers that were cut off do not
-count. TRL's GRPOTrainer samples and trains. What it does not do:
+count. TRL's GRPOTrainer trains; answers are sampled as rollouts.py does. What TRL does not do:
 
 - prompts that are read once: all answers to a prompt continue one cache, when they are sampled and when they are
   trained on (the gradients of the answers meet in the prompt's keys, values and Mamba states).
@@ -11,6 +11,7 @@ count. TRL's GRPOTrainer samples and trains. What it does not do:
   Here a prompt's media are decoded once and run through the towers once, and all its rollouts share the features, when
   they are sampled and when they are trained on. Towers that train run once per optimizer step and prompt: the
   rollouts' gradients meet at the features, and the towers' backward pass runs once, at the end of the step.
+- processes that sample like one: every answer has a seed of its own.
 - errors: a stage that cannot make a step, rewards that never differ, groups cut over processes all raise.
 
 A row is {"prompt", "answer", "verifier"} with optional "args", "prompt_opened_think", "id", "source", "group", as
@@ -30,15 +31,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache
 from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
 
 from .checkpoint import released_tensors
 from .checkpointing import model_inside
+from .data import hashed
 from .data_adapters import KINDS as MEDIA_KINDS
 from .filtering import grade, media_parts
-from .inference import MEDIA_TOKENS, suppressed_tokens
+from .inference import MEDIA_TOKENS
 from .media import OmniInputError, load_image
 from .prompt_omni import media_source
-from .rewards import check_gold, score, split_thinking, verifier_name, without_end_marks
+from .rewards import check_gold, score, verifier_name
 from .rl_training import (
     OmniTrainer,
     PromptRows,
@@ -47,18 +50,18 @@ from .rl_training import (
     decoded,
     encode_prompt,
     join_features,
+    media_params,
     open_stage,
     places,
     run_stage,
     trl_config,
     world_size,
 )
+from .rollouts import REWARDS, sample_ids
 from .shared_prompts import distinct_rows
 from .training import _key
 
 logger = logging.getLogger(__name__)
-
-REWARDS = ("format", "answer", "text")
 
 
 @dataclass
@@ -139,13 +142,20 @@ def reward_of(row: dict, completion: str, kind: str) -> float:
         return max(
             score("format", completion, f"{verifier}:{one}", prompt_opened_think=opened, **args) for one in golds
         )
-    if kind == "answer":
-        return grade(row, [completion])["scores"][0]
-    thinking = split_thinking(completion, opened)
-    return 0.0 if thinking is None else score(verifier, without_end_marks(thinking[0]).strip(), gold, **args)
+    return grade(row, [completion], kind)["scores"][0]
 
 
 # ---- training ----
+
+
+def released_names(parameters):
+    """A function that yields (our name, tensor) -> one that yields the released tensors, which are what vLLM knows."""
+
+    def released():
+        for name, tensor in parameters():
+            yield from released_tensors(name, tensor)
+
+    return released
 
 
 class GSPOTrainer(OmniTrainer, GRPOTrainer):
@@ -158,6 +168,7 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
 
     def __init__(self, model, *, rows: PromptRows, stage_args: GSPOArguments, **kwargs):
         self.rows = rows
+        self.places: list[int] = []  # of the answers that are sampled
         self.prompts: list[dict] = []  # of the answers that are being trained on
         self.numbers: list[int] = []  # which of them the rows of the pass that runs belong to
         self.features: dict[int, dict] = {}  # number -> features, as the answers were sampled with them
@@ -168,27 +179,24 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
         own = {id(parameter) for parameter in self.media_params}
         names = [name for name, parameter in self.model.named_parameters() if id(parameter) in own]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-        if self.use_vllm:  # vLLM knows the released names; never run
-            parameters = self.vllm_generation._iter_named_params
-            self.vllm_generation._iter_named_params = lambda: (
-                pair for name, tensor in parameters() for pair in released_tensors(name, tensor)
-            )
+        if self.use_vllm:  # never run
+            self.vllm_generation._iter_named_params = released_names(self.vllm_generation._iter_named_params)
 
     # what follows is called in this order
 
     def _generate_and_score_completions(self, inputs):
-        # sampling, and TRL's shuffling of the answers, are functions of the step, so that resuming is exact
-        args, step = self.stage_args, self.state.global_step
-        torch.manual_seed((args.seed * 1_000_003 + step) * 65_536 + self.accelerator.process_index)
-        wanted = [one["place"] for one in inputs]
-        unique = list(dict.fromkeys(wanted))
+        # TRL shuffles the answers: a function of the step too, so that resuming is exact
+        args = self.stage_args
+        torch.manual_seed(args.seed * 1_000_003 + self.state.global_step)
+        self.places = [one["place"] for one in inputs]
+        unique = list(dict.fromkeys(self.places))
         if args.workers > 1:
             with ThreadPoolExecutor(args.workers) as pool:
                 self.prompts = list(pool.map(self.rows.__getitem__, unique))
         else:
             self.prompts = [self.rows[place] for place in unique]
         number = {place: i for i, place in enumerate(unique)}
-        self.numbers = [number[place] for place in wanted]
+        self.numbers = [number[place] for place in self.places]
         with torch.no_grad():
             self.features = {i: self.encode(self.model, prompt["media"]) for i, prompt in enumerate(self.prompts)}
         inputs = [{"prompt": self.prompts[i]["shown"], "row": self.prompts[i]["row"]} for i in self.numbers]
@@ -203,18 +211,34 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
         return [self.prompts[i]["ids"] for i in self.numbers], None, {}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        sample = super()._generate_single_turn
+        """An answer is a function of the policy, the seed, the prompt's place in the blend (and so the step) and the
+        answer's number: not of what else is sampled beside it, or in which process."""
+        args = self.stage_args
         if self.use_vllm:
             images = [self.prompts[i]["images"] or None for i in self.numbers]
+            sample = super()._generate_single_turn
             return sample(prompt_ids, images if any(images) else None, {}, num_generations)
-        size, completions = self.stage_args.sampling_batch_size or len(prompt_ids), []
-        for start in range(0, len(prompt_ids), size):
-            numbers = self.numbers[start : start + size]
-            fields = join_features([self.features[i] for i in numbers])
-            fields["prompt_rows"] = torch.tensor(numbers)
-            if len(fields) > 1:  # TRL pads lists as it pads the prompts
-                fields["mm_token_type_ids"] = [self.prompts[i]["types"] for i in numbers]
-            completions += sample(prompt_ids[start : start + size], None, fields, num_generations)[0]
+        seeds = [hashed(args.seed, place, i % num_generations) for i, place in enumerate(self.places)]
+        size, completions = args.sampling_batch_size or len(seeds), []
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),
+        ):
+            for start in range(0, len(seeds), size):
+                seeds_of = {}
+                for i, seed in list(zip(self.numbers, seeds))[start : start + size]:
+                    seeds_of.setdefault(i, []).append(seed)
+                completions += sample_ids(
+                    bare_model(model), self.processing_class, [self.prompts[i] for i in seeds_of],
+                    [self.features[i] for i in seeds_of], list(seeds_of.values()), args.completion_tokens,
+                    args.temperature, args.top_p, args.top_k,
+                )  # fmt: skip
         return completions, None
 
     def _reward(self, prompts, completions, completion_ids, row, log_metric, **kwargs) -> list[float]:
@@ -223,7 +247,7 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
         rewards = [reward_of(one, text, self.stage_args.reward) for one, text in zip(row, texts)]
         for one, reward in zip(row, rewards):
             log_metric(f"reward/{verifier_name(one['verifier'])}", reward)
-        firsts = list({number: i for i, number in reversed(list(enumerate(self.numbers)))}.values())[::-1]
+        firsts = distinct_rows(self.numbers)[0][: self.stage_args.log_samples]
         self.samples = [
             {
                 "prompt": prompts[i][-1]["content"],
@@ -233,8 +257,10 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
                 "verifier": row[i]["verifier"],
                 "reward": round(rewards[i], 4),
             }
-            for i in firsts[: self.stage_args.log_samples]
+            for i in firsts
         ]
+        pictures = [part for i in firsts for part in media_parts(row[i]["prompt"]) if part["type"] == "image"]
+        self.picture = pictures[0] if pictures else None
         return rewards
 
     _reward.__name__ = "verifier"
@@ -377,22 +403,27 @@ def check_gspo(args: GSPOArguments) -> None:
             f"save_every {args.save_every} and steps {args.steps} must be multiples of {repeats}, the optimizer steps "
             "on answers sampled at a time: they are not saved"
         )
-    unknown_media = ("rollout_func", "use_transformers_continuous_batching", "use_transformers_paged")
-    for key in ("num_generations_eval", "tools", "log_completions", "generation_kwargs", *unknown_media):
+    sampling = ("rollout_func", "use_transformers_continuous_batching", "use_transformers_paged")
+    if not args.trl.get("use_vllm"):
+        sampling += ("min_p", "repetition_penalty", "cache_implementation")
+    for key in ("num_generations_eval", "tools", "log_completions", "generation_kwargs", *sampling):
         if args.trl.get(key):
-            raise OmniInputError(f"trl: {key} goes past what this trainer does for media; leave it out")
+            raise OmniInputError(f"trl: {key} goes past this trainer's sampling and its media; leave it out")
 
 
 def make_gspo_trainer(args: GSPOArguments, stage) -> GSPOTrainer:
     """The trainer of an opened stage.
 
     Raises:
-        OmniInputError: fewer rows than prompts are sampled at a time.
+        OmniInputError: fewer rows than prompts are sampled at a time; vLLM with towers that train.
     """
     processor, model = stage.processor, stage.model
+    if args.trl.get("use_vllm") and media_params(model):
+        raise OmniInputError(
+            "trl: vLLM keeps the features of pictures that it has seen, and would not notice that their towers are "
+            "others by now: leave vision and projectors out of `train`, or use_vllm"
+        )
     passes = args.global_batch_size // (args.micro_batch_size * world_size())
-    banned = suppressed_tokens(model, processor)
-    never = {"bad_words": list(MEDIA_TOKENS)} if args.trl.get("use_vllm") else {"suppress_tokens": banned}
     config = trl_config(
         GRPOConfig,
         args,
@@ -411,7 +442,7 @@ def make_gspo_trainer(args: GSPOArguments, stage) -> GSPOTrainer:
         temperature=args.temperature,
         top_p=args.top_p,
         top_k=args.top_k,
-        generation_kwargs=never,
+        generation_kwargs={"bad_words": list(MEDIA_TOKENS)} if args.trl.get("use_vllm") else None,
         shuffle_dataset=False,  # the blend's places are in random order
     )
 

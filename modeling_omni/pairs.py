@@ -18,7 +18,7 @@ from pathlib import Path
 from .filtering import group_of
 from .media import OmniInputError
 from .rewards import END_MARKS, without_end_marks
-from .rollouts import RolloutArguments, answer_seed, measured_rows, read_rows, write_rows
+from .rollouts import RolloutArguments, answer_seed, left_out, measured_rows, read_rows, write_rows
 from .training import _key
 
 PAIRS_FILE = "pairs.jsonl"
@@ -62,7 +62,8 @@ def build_pairs(rows: list[dict], measured: list[dict], margin: float = 0.5, see
     """Pairs of all rows that have one, and a report.
 
     Args:
-        measured: {"scores", "completions"} of every row (`measure_pass_rates` with `texts`).
+        measured: {"scores", "completions"} of every row (`measure_pass_rates` with `texts`); rows with "error" are
+            left out.
 
     Returns:
         pairs, {(source, group): {"prompts", "pairs", *REASONS, "chosen_score", "rejected_score", "chosen_length",
@@ -70,6 +71,8 @@ def build_pairs(rows: list[dict], measured: list[dict], margin: float = 0.5, see
     """
     pairs, report = [], {}
     for row, record in zip(rows, measured, strict=True):
+        if "error" in record:
+            continue
         counts = report.setdefault((row.get("source") or "", group_of(row)), Counter())
         counts["prompts"] += 1
         pair = choose_pair(row, record["completions"], record["scores"], margin, seed)
@@ -115,12 +118,12 @@ def make_pairs(args: PairsArguments) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     if not 0 < args.margin <= 1:
         raise OmniInputError(f"margin is {args.margin}; scores are in [0, 1]: give more than 0 and at most 1")
-    rows = read_rows(args.data)
-    measured = measured_rows(args, rows, texts=True)
+    rows, names, bad = read_rows(args.data)
+    measured = measured_rows(args, rows, names, bad, texts=True)
     if measured is None:
         return None
     pairs, report = build_pairs(rows, measured, args.margin, args.seed)
-    text = pairs_markdown(report)
+    text = pairs_markdown(report) + left_out(bad)
     (folder / "report.md").write_text(text + "\n")
     (folder / "report.json").write_text(json.dumps([{"source": s, "group": g} | r for (s, g), r in report.items()]))
     if len(pairs) < args.at_least:

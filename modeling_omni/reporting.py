@@ -164,6 +164,13 @@ def append_line(path: Path, line: dict) -> None:
 TRAINING_METRICS = ("reward", "kl", "rewards/accuracies", "rewards/margins")
 
 
+def stage_names(runs: list[str | Path]) -> dict[str, str]:
+    """Run -> the name of its folder or file, or the whole path where several are called the same."""
+    names = {str(run): Path(run).stem if Path(run).suffix == ".json" else Path(run).name for run in runs}
+    taken = list(names.values())
+    return {run: name if taken.count(name) == 1 else run for run, name in names.items()}
+
+
 def stage_table(runs: list[str | Path]) -> dict[str, dict[str, float]]:
     """Stage -> skill -> last held-out accuracy, from the `heldout.jsonl` of runs or what `infer.py eval --out` wrote.
 
@@ -171,16 +178,16 @@ def stage_table(runs: list[str | Path]) -> dict[str, dict[str, float]]:
         OmniInputError: a folder without held-out results.
     """
     table = {}
-    for run in map(Path, runs):
+    for run, name in zip(map(Path, runs), map(stage_names(runs).get, map(str, runs))):
         file = run / "heldout.jsonl"
         if run.suffix == ".json" and run.is_file():
             tested = json.loads(run.read_text())["table"]
-            table[run.stem] = {row["skill"]: row["accuracy"] for row in tested if "accuracy" in row}
+            table[name] = {row["skill"]: row["accuracy"] for row in tested if "accuracy" in row}
             continue
         if not file.is_file():
             raise OmniInputError(f"{run} has no heldout.jsonl; give the output_dir of finished runs")
         last = json.loads(file.read_text().splitlines()[-1])
-        table[run.name] = {skill: value for skill, value in last.items() if skill != "step"}
+        table[name] = {skill: value for skill, value in last.items() if skill != "step"}
     return table
 
 
@@ -215,7 +222,7 @@ def stages_markdown(runs: list[str | Path]) -> str:
     for skill in skills:
         cells = [f"{100 * scores[skill]:.0f}" if skill in scores else "" for scores in table.values()]
         lines.append(f"| {skill} | {' | '.join(cells)} |")
-    curves = {Path(run).name: training_curves(run) for run in runs}
+    curves = {name: training_curves(run) for run, name in stage_names(runs).items()}
     curves = {stage: found for stage, found in curves.items() if found}
     metrics = list(dict.fromkeys(name for found in curves.values() for name in found))
     if metrics:
@@ -255,7 +262,7 @@ def plot_stages(runs: list[str | Path], path: str) -> None:
         kinds.setdefault(skill.split("_")[0], []).append(skill)
     panels = [own for own in kinds.values() if len(own) > 6]
     panels += [rest] if (rest := [skill for own in kinds.values() if len(own) <= 6 for skill in own]) else []
-    curves = {Path(run).name: training_curves(run).get("reward") for run in runs}
+    curves = {name: training_curves(run).get("reward") for run, name in stage_names(runs).items()}
     curves = {stage: curve for stage, curve in curves.items() if curve}
     columns = len(panels) + bool(curves)
     if not columns:

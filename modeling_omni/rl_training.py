@@ -8,6 +8,7 @@ needs, whatever the number of its rows, and resumes at the exact one.
 Shape legend: B rows, S tokens, N media tokens, D hidden size.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,10 +18,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from PIL import Image
 from transformers import GenerationConfig
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -38,9 +41,10 @@ from .configuration_omni import OmniConfig, resolve_checkpoint
 from .data import Blend, TooLong, check_sources, cost_of, media_kinds
 from .data_adapters import adapt_prompt
 from .lora import add_lora, load_adapter, lora_table, save_adapter
-from .media import OmniInputError
+from .media import OmniInputError, load_image
 from .modeling_omni import OmniForConditionalGeneration
 from .processing_omni import OmniProcessor
+from .prompt_omni import media_source
 from .reporting import append_line, evaluate, parameter_table, write_model_card
 from .training import GROUPS, _key, group_of, parameter_groups
 
@@ -55,6 +59,7 @@ KINDS = ("image_features", "video_features", "audio_features")
 # what a decoded answer may hold as structure; everything else in it is text, whatever it spells
 ANSWER_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 BAD_ROWS_BASE = 1000  # the share of bad rows is taken of at least so many
+LOGGED_SIDE = 512  # of a logged picture's longer side, in pixels
 REPLACEMENTS = 64  # places tried instead of one whose row cannot be used
 FAR = 2**32  # where these begin: no stage is that long
 
@@ -205,8 +210,7 @@ class PromptRows:
         raise OmniInputError(f"{REPLACEMENTS} rows in a row cannot be used; see {self.bad_rows}: {self._newest()}")
 
     def _report(self, file: str, row: int, error: Exception) -> None:
-        kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
-        reason = kind + str(error).removeprefix(f"{file}, row {row}: ")
+        reason = row_error(error, f"{file}, row {row}: ")
         if (file, row) not in self.bad:
             self.bad[file, row] = reason
             with open(self.bad_rows, "a") as report:
@@ -220,6 +224,12 @@ class PromptRows:
     def _newest(self) -> str:
         (file, row), reason = list(self.bad.items())[-1]
         return f"{file}, row {row}: {reason}"
+
+
+def row_error(error: Exception, name: str = "") -> str:
+    """What is wrong with a row, without its name in front; of what is not ours, with its kind."""
+    kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
+    return kind + str(error).removeprefix(name)
 
 
 def places(count: int):
@@ -329,7 +339,7 @@ class OmniTrainer:
         self, *args, stage_args: RLArguments, resumed: Path | None = None, saved: dict | None = None, **kwargs
     ):
         self.stage_args, self.resumed, self.saved = stage_args, resumed, saved or {}
-        self.samples = []  # for the next log line
+        self.samples, self.picture = [], None  # for the next log line, and the part with the first picture in them
         self.writer = None
         super().__init__(*args, **kwargs)
         self.media_params = media_params(self.model)
@@ -401,6 +411,11 @@ class OmniTrainer:
                 "\n\n".join(f"**{name}** {str(value)[:2000]}" for name, value in sample.items()) for sample in samples
             )
             self.writer.add_text("samples", text, step)
+            with contextlib.suppress(OmniInputError):  # a link that is gone by now
+                if self.picture is not None:
+                    image = Image.fromarray(load_image(media_source("image", self.picture)))
+                    image.thumbnail((LOGGED_SIDE, LOGGED_SIDE))
+                    self.writer.add_image("samples", np.asarray(image), step, dataformats="HWC")
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Answers sampled from a policy, and the commands that choose prompts by them: `train.py filter` (and pairs.py).
 
 What is sampled for a prompt is a function of the policy, the settings, the seed and that prompt alone: not of the batch
-it stands in, the number of processes or where a killed run went on. Every answer has a random generator of its own, and
-the likeliest token after Gumbel noise has been added to the logits is a sample of the softmax. A prompt's media are
-decoded once and run through the towers once, for all its answers.
+it stands in, the number of processes or where a killed run went on (up to rounding). Every answer has a random
+generator of its own, and the likeliest token after Gumbel noise has been added to the logits is a sample of the
+softmax. A prompt's media are decoded once and run through the towers once, for all its answers.
 
 Shape legend: P prompts, n answers to each, S prompt tokens, T new tokens, V vocabulary.
 """
@@ -20,6 +20,7 @@ from transformers import LogitsProcessor
 
 from .checkpointing import write_atomically
 from .configuration_omni import resolve_checkpoint
+from .conversation import end_tokens
 from .data import Source, check_sources, hashed
 from .data_adapters import KINDS, adapt_prompt
 from .distributed import make_accelerator
@@ -37,11 +38,11 @@ from .media import OmniInputError
 from .processing_omni import OmniProcessor
 from .prompt_omni import source_keys
 from .rewards import check_gold
-from .rl_training import encode_prompt, join_features
+from .rl_training import BAD_ROWS_BASE, encode_prompt, join_features, row_error
 from .training import _key
 
 REWARDS = ("format", "answer", "text")
-PROMPTS_FILE = "prompts.jsonl"
+PROMPTS_FILE, BAD_ROWS_FILE = "prompts.jsonl", "bad_rows.jsonl"
 
 
 # ---------------------------------------------------------------------------------------------------- sampling
@@ -54,14 +55,18 @@ class SeededSampling(LogitsProcessor):
         seeds: one per row of the batch.
         temperature: above 0.
         top_p: sample among the likeliest tokens that add up to this share.
+        top_k: sample among so many of the likeliest; 0: all.
     """
 
-    def __init__(self, seeds: list[int], temperature: float, top_p: float, device: torch.device):
+    def __init__(self, seeds: list[int], temperature: float, top_p: float, device: torch.device, top_k: int = 0):
         self.generators = [torch.Generator(device).manual_seed(seed % 2**63) for seed in seeds]
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.float() / self.temperature
+        if self.top_k:
+            least = scores.topk(min(self.top_k, scores.shape[-1])).values[:, -1:]
+            scores = scores.masked_fill(scores < least, -torch.inf)
         if self.top_p < 1:
             ordered, places = scores.softmax(-1).sort(descending=True)
             beyond = ordered.cumsum(-1) - ordered >= self.top_p  # the token that crosses the share stays
@@ -104,11 +109,12 @@ def sample_ids(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    top_k: int = 0,
 ) -> list[list[int]]:
     """Answers to encoded prompts.
 
     Args:
-        model: `OmniForConditionalGeneration`, in eval mode.
+        model: `OmniForConditionalGeneration`, without dropout.
         prompts: P of `encode_prompt`. features: of each, from `encode_media`.
         seeds: n of each prompt.
 
@@ -120,7 +126,8 @@ def sample_ids(
     places = [i for i, own in enumerate(seeds) for _ in own]
     pad = processor.tokenizer.pad_token_id or 0
     batch = padded_prompts([prompts[i] for i in places], pad, model.device)
-    sampling = SeededSampling([seed for own in seeds for seed in own], temperature, top_p, model.device)
+    sampling = SeededSampling([seed for own in seeds for seed in own], temperature, top_p, model.device, top_k)
+    ends = answer_ends(model, processor)
     ids = model.generate(
         **batch,
         **join_features([features[i] for i in places]),
@@ -130,14 +137,14 @@ def sample_ids(
         logits_processor=[sampling],
         prompt_rows=torch.tensor(places),
         pad_token_id=pad,
+        eos_token_id=ends,
     )
-    ends = end_tokens(model)
     return [up_to_end(row, ends) for row in ids[:, batch["input_ids"].shape[1] :].tolist()]
 
 
-def end_tokens(model) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+def answer_ends(model, processor: OmniProcessor) -> list[int]:
+    """Tokens that end an answer: the tokenizer's mark and those of generation_config.json."""
+    return sorted(end_tokens(model) | {processor.tokenizer.eos_token_id})
 
 
 def up_to_end(ids: list[int], ends: list[int]) -> list[int]:
@@ -152,55 +159,66 @@ def answer_seed(seed: int, row: dict, number: int) -> int:
     return hashed(seed, name, number)
 
 
-def sample_completions(model, processor, rows: list[dict], n: int, args) -> list[list[str]]:
+def sample_completions(model, processor, rows: list[dict], n: int, args) -> list[list[str] | OmniInputError]:
     """n whole answers of each row, decoded with their thinking and end marks (an answer that was cut off has none).
 
     Args:
         rows: with "prompt", "prompt_opened_think" (default True: the generation prompt opens `<think>`).
         args: `RolloutArguments`.
+
+    Returns:
+        for a row that cannot be used, what is wrong with it.
     """
-    prompts = []
+    answers, prompts, seeds = [], [], []
     for row in rows:
         try:
             thinking = row.get("prompt_opened_think", True)
             prompts.append(encode_prompt(row, processor, args, thinking, args.prompt_tokens))
-        except OmniInputError as error:
-            name = row.get("id") or json.dumps(row["prompt"], default=lambda part: type(part).__name__)[:200]
-            raise OmniInputError(f"row {name}: {error}") from error
+        except Exception as error:  # whatever one row does, it is named and the others go on
+            answers.append(OmniInputError(row_error(error)))
+            continue
+        seeds.append([answer_seed(args.seed, row, number) for number in range(n)])
+        answers.append([])
+    if not prompts:
+        return answers
     with torch.no_grad():
         features = [encode_media(model, prompt) for prompt in prompts]
-    seeds = [[answer_seed(args.seed, row, number) for number in range(n)] for row in rows]
     ids = sample_ids(
         model, processor, prompts, features, seeds, args.completion_tokens, args.temperature, args.top_p
     )  # fmt: skip
-    texts = [processor.decode(one, skip_special_tokens=False) for one in ids]
-    return [texts[start : start + n] for start in range(0, len(texts), n)]
+    texts = iter([processor.decode(one, skip_special_tokens=False) for one in ids])
+    return [one if isinstance(one, OmniInputError) else [next(texts) for _ in range(n)] for one in answers]
 
 
 # ---------------------------------------------------------------------------------------------------- rows
 
 
-def read_rows(sources: list[dict]) -> list[dict]:
+def read_rows(sources: list[dict]) -> tuple[list[dict], list[tuple], list[dict]]:
     """Every row of RL data, in order, with absolute media paths.
 
-    Raises:
-        OmniInputError: by file and row, what is missing: prompt, answer, verifier, or a gold that can be reached.
+    Returns:
+        the rows that have prompt, answer, verifier and a gold that can be reached; (file, row) of each of them; of the
+        others {"file", "row", "reason"}.
     """
     check_sources(sources)
-    rows = []
+    rows, names, bad = [], [], []
     for spec in sources:
         is_file = not spec["path"].startswith(("nano:", "datasets:"))
         source = Source(spec | {"path": os.path.abspath(spec["path"])} if is_file else spec, adapt=adapt_prompt)
         for number in range(len(source)):
-            row = source[number]
+            name = source.name(number)
             try:
+                row = source[number]
                 if row.get("answer") is None or not isinstance(row.get("verifier"), str):
                     raise OmniInputError("a row needs an 'answer' and a 'verifier'")
                 check_gold(row["verifier"], row["answer"], **(row.get("args") or {}))
-            except (OmniInputError, TypeError) as error:
-                raise OmniInputError("{}, row {}: {}".format(*source.name(number), error)) from error
+            except Exception as error:
+                reason = row_error(error, "{}, row {}: ".format(*name))
+                bad.append({"file": name[0], "row": name[1], "reason": reason})
+                continue
             rows.append(row)
-    return rows
+            names.append(name)
+    return rows, names, bad
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -237,7 +255,8 @@ class RolloutArguments:
     data: list[dict] = _key([], "files of RL rows: {path, limit}")
     media_tokens: int | None = _key(None, "the most media that a row may hold, in patches and 80 ms of sound")
     max_frames: int | None = _key(None, "frames of a video at most")
-    prompt_tokens: int = _key(4096, "tokens of a prompt at most")
+    prompt_tokens: int = _key(4096, "tokens of a prompt at most; longer rows are left out")
+    max_bad_share: float = _key(0.05, "share of rows that cannot be used above which nothing is written")
     # sampling: as the stage that follows will sample
     completion_tokens: int = _key(1024, "tokens of an answer at most")
     rollouts: int = _key(ROLLOUTS, "answers to a prompt")
@@ -262,8 +281,9 @@ class FilterArguments(RolloutArguments):
 
 
 def policy_name(model: str) -> str:
-    """A hash of a checkpoint's weights; the name itself where there is no folder."""
-    files = sorted(Path(resolve_checkpoint(model)).glob("*.safetensors"))
+    """A hash of the weights in a checkpoint's folder or in a file; the name itself where there are none."""
+    path = Path(resolve_checkpoint(model))
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:
         return model
     digest = hashlib.sha256()
@@ -274,11 +294,22 @@ def policy_name(model: str) -> str:
     return digest.hexdigest()
 
 
-def measured_rows(args: RolloutArguments, rows: list[dict], texts: bool = False) -> list[dict] | None:
-    """Scores of all rows' rollouts (`measure_pass_rates`), shared out over the processes; None but on process 0."""
+def measured_rows(
+    args: RolloutArguments, rows: list[dict], names: list[tuple], bad: list[dict], texts: bool = False
+) -> list[dict] | None:
+    """Scores of all rows' rollouts (`measure_pass_rates`), shared out over the processes; None but on process 0.
+
+    Args:
+        names, bad: of `read_rows`. Rows that cannot be sampled from are added to `bad`, which comes to
+            `bad_rows.jsonl`; `rows` may go on behind the last of `names`.
+
+    Raises:
+        OmniInputError: an unknown reward, more bad rows than `max_bad_share`.
+    """
     if args.reward not in REWARDS:
         raise OmniInputError(f"reward is {args.reward!r}; use one of {', '.join(REWARDS)}")
     state = make_accelerator()
+    check_bad_rows(args, bad, len(names) + len(bad), write=state.is_main_process)
     folder = Path(args.output_dir)
     settings = {name: getattr(args, name) for name in ("temperature", "top_p", "completion_tokens", "seed")}
     settings |= {name: getattr(args, name) for name in ("max_frames", "dtype")}
@@ -290,14 +321,37 @@ def measured_rows(args: RolloutArguments, rows: list[dict], texts: bool = False)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    return measured if state.num_processes == 1 else measure_pass_rates(rows, generate, folder, **options)
+    if state.num_processes > 1:
+        measured = measure_pass_rates(rows, generate, folder, **options)
+    count = len(names) + len(bad)
+    errors = [(name, record["error"]) for name, record in zip(names, measured) if "error" in record]
+    bad += [{"file": file, "row": row, "reason": reason} for (file, row), reason in errors]
+    check_bad_rows(args, bad, count, write=True)
+    return measured
 
 
-def lazy_policy(args: RolloutArguments, device: str) -> Callable[[list[dict], int], list[list[str]]]:
+def check_bad_rows(args: RolloutArguments, bad: list[dict], count: int, write: bool) -> None:
+    """Writes the rows that cannot be used to `bad_rows.jsonl`; raises if of `count` rows these are too many."""
+    path = Path(args.output_dir) / BAD_ROWS_FILE
+    if write and (bad or path.exists()):
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in bad))
+    if len(bad) > args.max_bad_share * max(BAD_ROWS_BASE, count):
+        raise OmniInputError(
+            f"{len(bad)} of {count} rows cannot be used, over max_bad_share {args.max_bad_share}; see {path}: "
+            "{file}, row {row}: {reason}".format(**bad[-1])
+        )
+
+
+def left_out(bad: list[dict]) -> str:
+    """A line for reports; none where all rows can be used."""
+    return f"\nleft out: {len(bad)} rows that cannot be used, see {BAD_ROWS_FILE}" if bad else ""
+
+
+def lazy_policy(args: RolloutArguments, device: str) -> Callable[[list[dict], int], list]:
     """`generate` of `measure_pass_rates`; the model is loaded when there is something to sample."""
     loaded = []
 
-    def generate(rows: list[dict], n: int) -> list[list[str]]:
+    def generate(rows: list[dict], n: int) -> list:
         if not loaded:
             loaded.extend(load(args.model, args.dtype, device))
         return sample_completions(*loaded, rows, n, args)
@@ -309,16 +363,16 @@ def filter_prompts(args: FilterArguments) -> str | None:
     """Writes the rows to train on to `prompts.jsonl`, the report beside it; returns the report (on process 0)."""
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(args.data)
+    rows, names, bad = read_rows(args.data)
     rows += mismatched_rows(rows, args.mismatched, args.seed)
-    measured = measured_rows(args, rows)
+    measured = measured_rows(args, rows, names, bad)
     if measured is None:
         return None
     bands = {group: tuple(band) for group, band in args.bands.items()}
     kept, report = select_prompts(
         rows, measured, bands, args.pass_thresholds, args.abstain_share, args.at_least, args.seed
     )  # fmt: skip
-    text = markdown_report(report)
+    text = markdown_report(report) + left_out(bad)
     (folder / "report.md").write_text(text + "\n")
     write_rows(folder / PROMPTS_FILE, kept)
     return text

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tiny_model import media_rows, tiny_checkpoint
-from transformers import TopPLogitsWarper
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from modeling_omni import nano_data
 from modeling_omni.data import Source
@@ -59,9 +60,10 @@ def test_seeded_sampling_samples_the_softmax():
     logits = torch.randn(6) * 1.5
     count, temperature = 4000, 0.7
     rows = logits.expand(count, 6)
-    for top_p in (1.0, 0.8):
-        sampling = SeededSampling(list(range(count)), temperature, top_p, logits.device)
+    for top_p, top_k in ((1.0, 0), (0.8, 0), (0.8, 3)):
+        sampling = SeededSampling(list(range(count)), temperature, top_p, logits.device, top_k)
         scaled = (logits / temperature)[None]
+        scaled = TopKLogitsWarper(top_k)(None, scaled) if top_k else scaled
         kept = scaled if top_p == 1 else TopPLogitsWarper(top_p)(None, scaled)
         expected = kept.softmax(-1)[0]
         drawn = torch.bincount(sampling(None, rows).argmax(-1), minlength=6) / count
@@ -72,7 +74,7 @@ def test_seeded_sampling_samples_the_softmax():
 
 def test_answers_depend_on_the_row_alone_and_media_are_encoded_once(policy, prompts):
     model, processor = load(policy, "float32")
-    rows = read_rows([{"path": prompts}])
+    rows = read_rows([{"path": prompts}])[0]
     calls = []
     for tower in (model.model.vision_tower, model.model.audio_tower):
         tower.register_forward_hook(lambda *_: calls.append(1))
@@ -166,17 +168,39 @@ def test_filter_keeps_the_band_and_reuses_rollouts(policy, prompts, tmp_path):
     assert filter_prompts(args) == report and (tmp_path / "pass_rates-0.jsonl").read_bytes() == before
     with pytest.raises(OmniInputError, match="the stage needs 50"):
         filter_prompts(arguments(FilterArguments, tmp_path, policy, prompts, bands=bands, at_least=50))
-    assert read_rows([{"path": str(tmp_path / "prompts.jsonl")}])  # its own output is good input
+    rows, _, bad = read_rows([{"path": str(tmp_path / "prompts.jsonl")}])  # its own output is good input
+    assert len(rows) == len(kept) and not bad and "left out" not in report
 
 
-def test_rows_that_cannot_be_graded_are_named(tmp_path):
+def test_a_bad_row_costs_that_row(policy, prompts, tmp_path):
+    """In two batches, one of them without any other row; restarted, after one of them was mended."""
+    good = [json.loads(line) for line in Path(prompts).read_text().splitlines()][4:7]
+    gone = [{"role": "user", "content": [{"type": "image", "path": "gone.png"}]}]
+    bad = {
+        "verifier": {"prompt": "?", "answer": "1"},
+        "no prediction can score 1": {"prompt": "?", "answer": "5,5", "verifier": "gui-coordinate"},
+        "tokens; limit 60": good[0] | {"prompt": "word " * 90},
+        "gone.png": good[0] | {"prompt": gone},
+    }
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"prompt": "?", "answer": "1", "verifier": "math"}\n{"prompt": "?", "answer": "1"}\n')
-    with pytest.raises(OmniInputError, match=r"rows\.jsonl, row 2: .*verifier"):
-        read_rows([{"path": str(file)}])
-    file.write_text('{"prompt": "?", "answer": "5,5", "verifier": "gui-coordinate"}\n')
-    with pytest.raises(OmniInputError, match=r"row 1: no prediction can score 1"):
-        read_rows([{"path": str(file)}])
+    lines = [json.dumps(row) for row in [*bad.values(), *good]]
+    file.write_text("\n".join([*lines, "{no json"]) + "\n")
+    options = {"prompt_tokens": 60, "bands": {"default": [0, 1.1]}, "batch_size": 2}
+    filtering = arguments(FilterArguments, tmp_path / "filter", policy, str(file), **options)
+    for _ in range(2):
+        assert "left out: 5 rows" in filter_prompts(filtering)
+        assert [row["id"] for row in lines_of(tmp_path / "filter/prompts.jsonl")] == [row["id"] for row in good]
+        named = {row["row"]: row["reason"] for row in lines_of(tmp_path / "filter/bad_rows.jsonl")}
+        assert set(named) == {1, 2, 3, 4, 8}
+        assert all(reason in named[number] for number, reason in enumerate(bad, 1)), named
+    Image.new("RGB", (64, 64)).save(tmp_path / "gone.png")
+    assert "left out: 4 rows" in filter_prompts(filtering)
+    del options["bands"]
+    pairs = arguments(PairsArguments, tmp_path / "pairs", policy, str(file), rollouts=32, **options)
+    assert "left out: 4 rows" in make_pairs(pairs)
+    with pytest.raises(OmniInputError, match=r"4 of 8 rows cannot be used, over max_bad_share 0.003; .*, row 3: .*60"):
+        pairs.max_bad_share = 0.003
+        make_pairs(pairs)
 
 
 def test_every_config_loads_and_feeds_its_stage():
@@ -190,13 +214,17 @@ def test_every_config_loads_and_feeds_its_stage():
             for line in text.splitlines():
                 assert line.startswith(("#", "  ", "data:")) or " # " in line, f"{file}: {line}: no comment"
             args = load_arguments(cls, ["--config", str(file)])
-            outputs.add(f"{args.output_dir}/{'pairs' if cls is PairsArguments else 'prompts'}.jsonl")
+            if file.stem == "pass_rates":  # measures, and feeds no stage
+                continue
+            output = f"{args.output_dir}/{'pairs' if cls is PairsArguments else 'prompts'}.jsonl"
+            outputs.add(output)
             stage = "mpo" if cls is PairsArguments else file.stem.removeprefix("filter_")
             trained = yaml.safe_load((file.parent / f"{stage}.yaml").read_text())
             assert args.model == trained["model"], file  # the initial policy of the stage
-        wanted = [yaml.safe_load(p.read_text()) for p in (ROOT / "configs/nano/rl").glob("*.yaml") if scale == "nano"]
+            assert output in [source["path"] for source in trained["data"]], file
+        wanted = [yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / scale / "rl").glob("*.yaml")]
         wanted = {one["path"] for settings in wanted for one in settings["data"]}
-        assert {path for path in wanted if "/data/" in path} <= outputs
+        assert {path for path in wanted if path.startswith("runs/") and "/data/" in path} == outputs
 
 
 # ---------------------------------------------------------------------------------------------------- nano prompts
@@ -205,7 +233,7 @@ def test_every_config_loads_and_feeds_its_stage():
 def test_nano_prompts_hold_what_the_samples_hold(tmp_path):
     skills = ["text_math", "text_button", "text_count", "image_colour", "image_where", "image_shape", "video_direction"]
     nano_main(["prompts", "--out", str(tmp_path), "--skills", *skills, "--count", "5", "--mismatched", "0.2"])
-    rows = read_rows([{"path": str(tmp_path / "prompts.jsonl")}])
+    rows = read_rows([{"path": str(tmp_path / "prompts.jsonl")}])[0]
     asked, unanswerable = [r for r in rows if not r.get("unanswerable")], [r for r in rows if r.get("unanswerable")]
     assert len(asked) == 35 and 2 <= len(unanswerable) <= 7
     processor = OmniProcessor.from_pretrained("nano")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -327,6 +328,11 @@ def test_report_of_several_stages(tmp_path, capsys):
         (tmp_path / f"stage{number}" / "heldout.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report_command([str(tmp_path / "stage0"), str(tmp_path / "stage1"), "--plot", str(tmp_path / "plot.png")])
     assert "| image_word | 25 | 75 |" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()  # a folder of the same name elsewhere
+    shutil.copytree(tmp_path / "stage0", tmp_path / "other" / "stage1")
+    report_command([str(tmp_path / name) for name in ("stage0", "stage1", "other/stage1")])
+    shown = capsys.readouterr().out
+    assert f"| stage0 | {tmp_path}/stage1 | {tmp_path}/other/stage1 |" in shown and "| 25 | 75 | 25 |" in shown
     assert Image.open(tmp_path / "plot.png").size[0] > 300
     with pytest.raises(OmniInputError, match="no heldout.jsonl"):
         report_command([str(tmp_path)])
