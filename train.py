@@ -37,15 +37,20 @@ FINISHED = {
 
 
 def made_from(settings: dict) -> dict[str, str]:
-    """The config of a stage, and hashes of the weights that it starts from, and of its teachers, if they are there."""
-    from modeling_omni.rollouts import policy_name
+    """The config of a stage; sizes and times of the weights it starts from, and of its teachers, if they are there."""
+    from modeling_omni.configuration_omni import resolve_checkpoint
 
+    made = {"config": json.dumps(settings, sort_keys=True, default=str)}
     names = [settings.get("model")]
     for key in ("towers", "teachers"):
         names += (settings.get(key) or {}).values()
-    hashes = {name: policy_name(name) for name in names if name}
-    hashes = {f"weights of {name}": value for name, value in hashes.items() if value != name}
-    return {"config": json.dumps(settings, sort_keys=True, default=str)} | hashes
+    for name in filter(None, names):
+        path = Path(resolve_checkpoint(name))
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        if files:
+            stamps = [(file.name, file.stat().st_size, int(file.stat().st_mtime)) for file in files]
+            made[f"weights of {name}"] = json.dumps(stamps)
+    return made
 
 
 def recipe(argv: list[str]) -> None:

@@ -281,9 +281,8 @@ class FilterArguments(RolloutArguments):
 
 
 def policy_name(model: str) -> str:
-    """A hash of the weights in a checkpoint's folder or in a file; the name itself where there are none."""
-    path = Path(resolve_checkpoint(model))
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    """A hash of a checkpoint's weights; the name itself where there is no folder."""
+    files = sorted(Path(resolve_checkpoint(model)).glob("*.safetensors"))
     if not files:
         return model
     digest = hashlib.sha256()

@@ -101,14 +101,14 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["modeling_omni.mpo", "modeling_omni.gspo", "torch.utils.tensorboard"])
 
 
-def run(work, args: tuple, environment: dict[str, str]) -> None:
+def run(work, args: tuple, environment: dict[str, str], threads: int) -> None:
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)  # as here: sums of more threads differ in the last bit
     work(*args)
 
 
 def started(work, *args, **environment: str):
-    process = PROCESSES.Process(target=run, args=(work, args, environment))
+    process = PROCESSES.Process(target=run, args=(work, args, environment, torch.get_num_threads()))
     process.start()
     return process
 
