@@ -12,7 +12,8 @@ import threading
 from fractions import Fraction
 from math import comb, factorial, isqrt
 
-from .rewards_grammar import FUNCTIONS, GREEK, NotMath, clean, parse, plain_form, unwrap
+from .rewards_grammar import FUNCTIONS, GREEK, NotMath, clean, parse
+from .rewards_text import plain_form, unwrap
 
 MAX_LENGTH = 1000  # characters; longer answers are compared as text only
 MAX_NODES = 20_000  # operations over all comparisons of one answer
