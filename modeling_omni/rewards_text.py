@@ -1,11 +1,14 @@
-"""The plain text of answers, which every verifier compares or reads on: one writing for signs that look the same, without
-wrappers of LaTeX and Markdown. Everything takes time linear in the text and never raises because of it.
+"""The plain text of answers, which every verifier compares or reads on: one writing for signs that look the same,
+without wrappers of LaTeX and Markdown. Everything takes time linear in the text and never raises because of it.
 """
 
 import re
 import unicodedata
 
-WRAPPERS = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)|[mh]box|emph|underline|f?boxed|bm)\s*\{"
+WRAPPERS = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)|[mh]box|emph|underline|f?boxed|bm"
+    r"|overline(?=\s*\{[A-Z]{2}\}))\s*\{"
+)
 INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 DASHES = str.maketrans({**dict.fromkeys("‐‑‒–—−", "-"), **dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚´", "'")})
 
