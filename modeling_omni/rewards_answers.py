@@ -51,7 +51,7 @@ def chosen_letters(text: str, options: dict[str, str], several: bool = False) ->
         plain = plain[1:-1].strip()
     for _ in range(2):  # "the answer is option B"
         plain = plain[match.end() :] if (match := LABEL.match(plain)) else plain
-    head = re.match(r"[^ ]{1,9}(?:(?:, ?| and )[^ ]{1,9}){0,9}?(?= (?:is|are) )", plain)
+    head = re.match(r"[^ ,]{1,9}(?:(?:, ?| and )[^ ,]{1,9}){0,9}?(?= (?:is|are) )", plain)
     if head and VERDICT.fullmatch(plain, head.end()):
         plain = head.group()
     core = plain.strip(AROUND)

@@ -158,7 +158,7 @@ __ , ; . ... ! ? 9 1, 0. ^ 9^ - + \pm / \frac \frac{ \sqrt \sqrt{ x x^ sin \sin 
 <function= {"a": [[ null, = <= : 9! _ 1_ 0.\overline{ <|im_end|> </s> ° ^\circ \begin{pmatrix} 1& é ² ½ √ ∞ 你 가 ﷺ
 1st $9 ¢ don't"""
 PIECES = PIECES.split() + [
-    " ", "\n", " and ", " or ", "million ", "nine ", "double ", "point ", "and a half ", "um ", "'s ", "cm ",
+    " ", "\n", ",", " and ", " or ", "million ", "nine ", "double ", "point ", "and a half ", "um ", "'s ", "cm ",
     "e\u0301", "\u0301\u0323", "\u200b", "\x00", "\ud800", "\u202e",
 ]  # fmt: skip
 CALLS = [
