@@ -62,7 +62,9 @@ def is_unanswerable(row: dict) -> bool:
     """A prompt whose right answer is to abstain."""
     if "unanswerable" in row:
         return bool(row["unanswerable"])
-    return verifier_name(row["verifier"]) in ("string_match", "abstention") and is_abstention(str(row["answer"]))
+    golds = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    abstains = bool(golds) and all(is_abstention(str(gold)) for gold in golds)
+    return verifier_name(row["verifier"]) in ("string_match", "abstention") and abstains
 
 
 def row_key(row: dict, policy: str, settings: dict) -> str:
@@ -90,7 +92,7 @@ def mismatched_rows(
         fits: (row with the words, row with the media) -> whether these words cannot be answered from those media.
 
     Returns:
-        Up to `count` new rows, with gold answer "unanswerable" and verifier string_match.
+        Up to `count` new rows, with gold answer "unanswerable" and verifier abstention, which takes any words for it.
     """
     rng, pools = random.Random(seed), {}
     for row in rows:
@@ -110,7 +112,7 @@ def mismatched_rows(
                     content = [next(left) if part.get("type") in KINDS else part for part in content]
                 prompt.append(message | {"content": content})
             kept = {k: v for k, v in row.items() if k not in ("id", "args")}
-            new = {"prompt": prompt, "answer": UNANSWERABLE, "verifier": "string_match", "unanswerable": True}
+            new = {"prompt": prompt, "answer": UNANSWERABLE, "verifier": "abstention", "unanswerable": True}
             if row.get("id") is not None and other.get("id") is not None:
                 new["id"] = f"{row['id']}|{other['id']}"
             made.append(kept | new)
@@ -221,7 +223,11 @@ def grade(row: dict, completions: list[str], reward: str = "answer") -> dict:
     opened, args = row.get("prompt_opened_think", True), row.get("args") or {}
     answers = [answer_of(text, row["verifier"], opened, whole=reward == "text") for text in completions]
     scores = [score(row["verifier"], answer, row["answer"], **args) for answer in answers]
-    return {"scores": [round(s, 6) for s in scores], "abstained": sum(map(is_abstention, answers))}
+    # a refusal may stand without the box that an answer needs
+    said = [
+        answer or answer_of(text, row["verifier"], opened, whole=True) for answer, text in zip(answers, completions)
+    ]
+    return {"scores": [round(s, 6) for s in scores], "abstained": sum(map(is_abstention, said))}
 
 
 # ---------------------------------------------------------------------------------------------------- selection

@@ -41,7 +41,7 @@ from .filtering import grade, media_parts
 from .inference import MEDIA_TOKENS
 from .media import OmniInputError, load_image
 from .prompt_omni import media_source
-from .rewards import check_gold, score, verifier_name
+from .rewards import LISTED, check_gold, score, verifier_name
 from .rl_training import (
     OmniTrainer,
     PromptRows,
@@ -137,7 +137,7 @@ def reward_of(row: dict, completion: str, kind: str) -> float:
     if verifier == "format":
         return score(verifier, completion, gold, **{"prompt_opened_think": opened} | args)
     if kind == "format":
-        golds = gold if isinstance(gold, list) and verifier in ("string_match", "math", "multiple_choice") else [gold]
+        golds = gold if isinstance(gold, list) and verifier in LISTED else [gold]
         golds = [one if isinstance(one, str) else json.dumps(one) for one in golds]
         return max(
             score("format", completion, f"{verifier}:{one}", prompt_opened_think=opened, **args) for one in golds

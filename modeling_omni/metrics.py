@@ -33,8 +33,8 @@ from fractions import Fraction
 from .metrics_grounding import document_parse, timed_speech
 from .metrics_instructions import instruction_following
 from .rewards_answers import chosen_letters, first_point, options_of, plain_number
-from .rewards_grammar import plain_form, visible
-from .rewards_speech import asr_wer, normalise_speech
+from .rewards_speech import asr_wer, language_of, normalise_speech
+from .rewards_text import plain_form, visible
 
 MAX_CHARS = 20_000  # of an answer that is searched; of longer ones the end is
 RESAMPLES = 1000  # of a bootstrap
@@ -297,7 +297,8 @@ def word_errors(prediction: str, gold: str, lang: str | None = None) -> tuple[in
     """
     from rapidfuzz.distance import Levenshtein
 
-    wanted, words = normalise_speech(gold, lang or "en"), normalise_speech(prediction, lang or "en")
+    lang = lang or language_of(gold)
+    wanted, words = normalise_speech(gold, lang), normalise_speech(prediction, lang)
     return Levenshtein.distance(wanted, words), len(wanted)
 
 

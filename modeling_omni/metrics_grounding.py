@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .rewards_grammar import visible
 from .rewards_speech import asr_wer, normalise_speech
+from .rewards_text import visible
 
 MAX_TEXT = 20_000  # characters of a document that are compared; the rest counts as missing or too much
 MAX_BLOCKS = 1000  # blocks or phrases that are matched; more are counted as wrong

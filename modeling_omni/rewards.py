@@ -21,10 +21,10 @@ from .media_source import OmniInputError
 from .metrics import BEST_OF, METRICS, STRUCTURED, box_of
 from .metrics_grounding import gold_blocks, gold_phrases
 from .metrics_instructions import check_instructions
-from .rewards_answers import chosen_letters, first_point, options_of, plain_number, point_of
-from .rewards_grammar import plain_form
+from .rewards_answers import chosen_letters, first_point, is_abstention, options_of, plain_number, point_of
 from .rewards_math import math_equal
 from .rewards_speech import asr_wer
+from .rewards_text import plain_form
 
 MAX_CHARS = 1_000_000  # of a prediction; longer ones score 0
 MAX_ANSWER_CHARS = 100_000  # of an answer compared as text
@@ -58,31 +58,41 @@ def same_text(a: str, b: str, rel_tol: Fraction = Fraction(0)) -> bool:
 
 
 def text_items(text: str) -> list[str]:
-    """The items of "red, green, and blue"; a text without separators is one item."""
-    return [item for item in re.split(r" ?, ?and | ?[,;] ?| and | & ", text) if item]
+    """The items of "red, green, and blue", without quotes; a text without separators is one item."""
+    return [item for item in (item.strip("\"'` ") for item in re.split(r" ?, ?and | ?[,;] ?| and | & ", text)) if item]
+
+
+def without_list_brackets(text: str, other: str) -> str:
+    """[red, blue] as red, blue where the other answer has no brackets; parentheses are part of a point or interval."""
+    inner = text[1:-1].strip()
+    bracketed = text[:1] + text[-1:] in ("[]", "{}") and not re.search(r"[\[\]{}\\]", inner + other[:1])
+    return inner if bracketed and not other.startswith("(") else text
 
 
 def string_match(prediction: str, gold: str, rel_tol: float = 0.0) -> float:
     """1 if the answers are the same text, number, list (in this order) or US state; else 0.
 
-    Case, width, invisible characters, LaTeX and Markdown wrappers, outer quotes and final punctuation do not count.
+    Case, width, invisible characters, LaTeX and Markdown wrappers, outer quotes and final punctuation do not count,
+    nor do the brackets of a list where the other answer has none.
 
     Args:
-        rel_tol: share of the gold number by which a number may be off (ChartQA: 0.05; not for years).
+        rel_tol: share of the gold number, or of each of a list, by which a number may be off (ChartQA: 0.05; not for
+            years).
     """
     if max(len(prediction), len(gold)) > MAX_ANSWER_CHARS:
         return 0.0
-    answer, wanted = plain_form(prediction), plain_form(gold)
+    answer, wanted, tolerance = plain_form(prediction), plain_form(gold), Fraction(str(rel_tol))
+    answer, wanted = without_list_brackets(answer, wanted), without_list_brackets(wanted, answer)
     if not answer or not wanted:
         return 0.0
-    if same_text(answer, wanted, Fraction(str(rel_tol))):
+    if same_text(answer, wanted, tolerance):
         return 1.0
     if STATE_NAMES.get(answer, answer) == STATE_NAMES.get(wanted, wanted):
         return 1.0
     items, wanted_items = text_items(answer), text_items(wanted)
     if len(items) != len(wanted_items) or len(items) < 2:
         return 0.0
-    return float(all(same_text(a, b) for a, b in zip(items, wanted_items)))
+    return float(all(same_text(a, b, tolerance) for a, b in zip(items, wanted_items)))
 
 
 def math(prediction: str, gold: str) -> float:
@@ -156,8 +166,8 @@ def call_of(entry) -> tuple[str, dict]:
     entry = entry.get("function", entry) if isinstance(entry, dict) else None
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
         raise ValueError("a call needs a name")
-    arguments = entry.get("arguments", entry.get("parameters", {}))
-    arguments = read_json(arguments) if isinstance(arguments, str) and arguments.strip() else arguments or {}
+    arguments = entry.get("arguments", entry.get("parameters"))
+    arguments = {} if arguments is None else read_json(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise ValueError("arguments must be an object")
     return entry["name"], arguments
@@ -167,7 +177,8 @@ def parse_tool_calls(text: str) -> list[tuple[str, dict, bool]]:
     """An assistant's answer -> [(name, arguments, typed)].
 
     Typed arguments are JSON, others the strings of `<parameter=...>`. Both `<function=name><parameter=p>...` (as the
-    chat template has it) and JSON inside `<tool_call>` are read. Text may stand before the calls, nothing behind them.
+    chat template has it) and JSON inside `<tool_call>`, one call or a list of them (as Tool-N1's prompt asks for), are
+    read. Text may stand before the calls, nothing behind them.
 
     Raises:
         ValueError: anything about the structure that is not as it must be.
@@ -180,8 +191,11 @@ def parse_tool_calls(text: str) -> list[tuple[str, dict, bool]]:
         body = body.strip()
         if not closed or behind.strip():
             raise ValueError("text behind a call")
-        if body.startswith("{"):
-            calls.append((*call_of(read_json(body)), True))
+        if body.startswith(("{", "[")):
+            entries = read_json(body)
+            if not entries:
+                raise ValueError("no call inside")
+            calls += [(*call_of(entry), True) for entry in (entries if isinstance(entries, list) else [entries])]
             continue
         head, found, rest = body.partition(">")
         if not found or not head.startswith("<function=") or not rest.endswith("</function>"):
@@ -264,26 +278,10 @@ def tool_call(prediction: str, gold, prompt_opened_think: bool | None = None) ->
 
 # ---------------------------------------------------------------------------------------------------- abstention
 
-ABSTENTIONS = re.compile(
-    r"\[?idk\]?|n/?a|unknown|none of (?:the above|these|them) can be determined"
-    r"|i (?:do not|don't) know(?: the answer)?|(?:i am|i'm) not sure"
-    r"|(?:(?:this|the) (?:question|answer) is |it is )?"
-    r"(?:unanswerable|not answerable|unclear|impossible to (?:tell|say|know))"
-    r"|(?:(?:i|we|it|this|(?:this|the) (?:question|answer)) )?(?:can ?not|can't|could not|couldn't) (?:be )?"
-    r"(?:determined?|answer(?:ed)?|tell|say|know|known)(?: (?:this|it|that|the answer|(?:this|the) question))?"
-    r"(?: from (?:(?:the|this) )?(?:(?:given|provided) )?(?:image|picture|video|clip|audio|information|context|data))?"
-    r"|(?:there is )?(?:not enough|insufficient|no) (?:information|evidence|data|context)"
-    r"(?: (?:given|provided|available))?"
-)
-
-
-def is_abstention(text: str) -> bool:
-    """Whether an answer (of a box, or a whole one) says that it cannot be known, and nothing besides."""
-    return len(text) <= 300 and ABSTENTIONS.fullmatch(plain_form(text)) is not None
-
 
 def abstention(prediction: str, gold: str = "unanswerable") -> float:
-    """1 if a prompt that cannot be answered was answered by abstaining; else 0 (also where the gold is an answer)."""
+    """1 if a prompt that cannot be answered was answered by abstaining, in any words (`is_abstention`); else 0, also
+    where the gold is an answer."""
     return float(is_abstention(prediction) and is_abstention(gold))
 
 
@@ -412,6 +410,7 @@ VERIFIERS: dict[str, Callable[..., float]] = {
     "format": format_reward,
     **METRICS,
 }
+LISTED = ("string_match", "math", "multiple_choice", "abstention", *BEST_OF)  # the gold may be a list of answers
 ALIASES = {"mathruler": "math", "asr": "asr_wer", "wer": "asr_wer", "mcq": "multiple_choice"}
 
 
@@ -431,7 +430,7 @@ def score(verifier: str, prediction: str | None, gold, **args) -> float:
         verifier: a name of VERIFIERS, with - or _.
         prediction: what the policy wrote: for "format" (and "tool_call") the completion with its thinking tags, for the
             others the answer alone (the content of the box).
-        gold: the right answer; a list of them for string_match, math, multiple_choice and the metrics of
+        gold: the right answer; a list of them for string_match, math, multiple_choice, abstention and the metrics of
             `metrics.BEST_OF`: the best counts. Points, calls, boxes and instructions have forms of their own.
         args: of the verifier: rel_tol, options, max_dist, scale, tagged, lang, prompt_opened_think, ...
 
@@ -442,7 +441,7 @@ def score(verifier: str, prediction: str | None, gold, **args) -> float:
     name = verifier_name(verifier)
     if not isinstance(prediction, str) or len(prediction) > MAX_CHARS:
         return 0.0
-    if isinstance(gold, list) and name in ("string_match", "math", "multiple_choice", *BEST_OF):
+    if isinstance(gold, list) and name in LISTED:
         return max((score(name, prediction, one, **args) for one in gold), default=0.0)
     if isinstance(gold, (int, float)):
         gold = str(gold)

@@ -1,4 +1,4 @@
-"""How answers are written: their plain text, and a small grammar of mathematics (for `rewards_math`).
+"""A small grammar of mathematics as answers write it (for `rewards_math`).
 
 No general parser (sympy's runs Python code and hangs on `9^9^9^9`) ever sees an answer. What answers look like is read
 into a tree of tuples under limits of length and depth; everything else raises `NotMath`. A tree is one of
@@ -13,84 +13,28 @@ import re
 import unicodedata
 from fractions import Fraction
 
-MAX_DEPTH = 40  # brackets, exponents and signs inside one another
+from .rewards_text import unwrap, visible
 
-WRAPPERS = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)|[mh]box|emph|underline|f?boxed|bm)\s*\{"
-INVISIBLE = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-DASHES = str.maketrans({**dict.fromkeys("‐‑‒–—−", "-"), **dict.fromkeys("“”„«»", '"'), **dict.fromkeys("‘’‚´", "'")})
+MAX_DEPTH = 40  # brackets, exponents and signs inside one another
+UNNAMED = ("var", "?")  # what ">= 2" is about
 
 
 class NotMath(Exception):
     """A string the grammar does not cover, or one beyond the limits."""
 
 
-# ---------------------------------------------------------------------------------------------------- text
-
-
-def visible(text: str) -> str:
-    """NFKC without invisible and control characters; linear time (runs of combining marks, which make the
-    normalisation quadratic, are cut)."""
-    if text.isascii():
-        return INVISIBLE.sub("", text)
-    kept, run = [], 0
-    for char in text:
-        if unicodedata.category(char) in ("Cf", "Cc", "Cs") and not char.isspace():
-            continue
-        run = run + 1 if unicodedata.combining(char) else 0
-        if run <= 8:
-            kept.append(char)
-    return unicodedata.normalize("NFKC", "".join(kept)).translate(DASHES)
-
-
-def unwrap(text: str) -> str:
-    """Takes `\\text{...}`, `\\boxed{...}` and the like away at any depth, in one pass; unbalanced ones stay."""
-    if "\\" not in text:
-        return text
-    cuts, stack = [], []
-    for match in re.finditer(WRAPPERS + r"|\\[{}\\]|[{}]", text):
-        mark = match.group()
-        if mark == "}" and stack:
-            opening = stack.pop()
-            if opening is not None:
-                cuts += [opening, match.span()]
-        elif mark[-1] == "{" and mark != "\\{":
-            stack.append(match.span() if mark != "{" else None)
-    pieces, position = [], 0
-    for start, end in sorted(cuts):
-        pieces.append(text[position:start])
-        position = end
-    return "".join(pieces) + text[position:]
-
-
-def plain_form(text: str) -> str:
-    """What string comparison compares: NFKC, no case, wrappers, markdown, outer quotes or final punctuation."""
-    text = unwrap(visible(text))
-    text = re.sub(r"\^?\{?\\(?:circ|degree)\b\}?", "°", text)
-    text = re.sub(r"\\([%$&#_])", r"\1", text)
-    text = re.sub(r"\\[,;:!]", "", text).replace("\\ ", " ")
-    text = " ".join(text.casefold().split())
-    for _ in range(4):
-        before = text
-        for opening, closing in (("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ('"', '"'), ("'", "'"), ("`", "`")):
-            if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
-                text = text[len(opening) : -len(closing)].strip()
-        if text.startswith(("**", "__")) and text[:2] == text[-2:] and len(text) > 4:
-            text = text[2:-2].strip()
-        text = text.rstrip(".!?。 ") or text  # an answer that is a mark stays one
-        if text == before:
-            break
-    return text
-
-
 # ---------------------------------------------------------------------------------------------------- tokens
 
 UNICODE_MATH = dict(zip("×·⋅÷∕⁄≈", "***///=")) | {"∛": r"\sqrt[3]"}
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega "
+)
+GREEK = (GREEK + "Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega").split()
+UNICODE_NAMES = "pi sqrt infty le ge ne pm cup in emptyset degree".split() + GREEK
 UNICODE_MATH |= {
-    char: rf"\{name} "
-    for char, name in zip(
-        "π√∞≤≥≠±∪∈∅°", ("pi", "sqrt", "infty", "le", "ge", "ne", "pm", "cup", "in", "emptyset", "degree")
-    )
+    char: rf"\{name} " for char, name in zip("π√∞≤≥≠±∪∈∅°αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ", UNICODE_NAMES, strict=True)
 }
+GREEK = {*GREEK, "ell", "hbar"}
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
 SPACING = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|,|;|:|!|~)(?![a-zA-Z])|\\q?quad(?![a-zA-Z])|~")
 ACCENTS = set("vec hat mathbf mathit mathbb mathcal mathsf bm boldsymbol operatorname mathrm".split())
@@ -109,10 +53,10 @@ TOKEN = re.compile(
 )
 FUNCTIONS = "sin cos tan cot sec csc sinh cosh tanh ln lg exp log abs floor ceil arcsin arccos arctan asin acos atan"
 FUNCTIONS = set(FUNCTIONS.split())
-GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
-)
-GREEK = set((GREEK + "chi psi omega ell hbar Gamma Delta Theta Lambda Sigma Phi Psi Omega").split())
+FUNCTION_OF = re.compile(rf"({'|'.join(sorted(FUNCTIONS))})([a-zA-Z])", re.I)  # sinx
+GOES_ON = re.compile(r"\.[0-9]+ ?(?:\.{3}|…)\W*$")  # 3.14..., which is not 3.14
+REPEATS = re.compile(r"([0-9]*\.[0-9]*?)(?:([0-9])\2\2+|([0-9]{2,6}?)\3+) ?\.{3}")  # 0.1666...
+REALS = re.compile(r"\\mathbb\s*(?:R\b|\{\s*R\s*\})(?!\s*[\^_])|all real(?:s| numbers)")
 MULTIPLIERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # Units as answers write them: first the form that is compared, then its other spellings.
@@ -175,7 +119,12 @@ def clean(text: str) -> str:
             pieces.append(f" {parts} ")
         else:
             pieces.append(char)
-    text = visible("".join(pieces))
+    text = visible("".join(pieces).replace("ℝ", "\\mathbb{R}"))
+    if repeats := REPEATS.fullmatch(text.strip(" $")):
+        text = f"{repeats[1]}\\overline{{{repeats[2] or repeats[3]}}}"
+    if GOES_ON.search(text):
+        raise NotMath("digits left out")
+    text = REALS.sub(r"(-\\infty,\\infty)", re.sub(r"(?<=[0-9]) ?[xX] ?(?=10(?:\^|\*\*))", "*", text))
     text = "".join(UNICODE_MATH.get(char, char) for char in text)
     text = (
         text.replace("\\\\", "\\newrow ")
@@ -189,7 +138,7 @@ def clean(text: str) -> str:
     text = SPACING.sub(" ", text).replace("\\ ", " ").replace("\\[", "").replace("\\]", "")
     text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text)
     text = re.sub(r"\^\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\\degree\b", r"\\degree ", text)
-    text = text.strip().rstrip(".,;。 ").lstrip("€£¥= ")
+    text = re.sub(r"^(?:\\(?:approx|sim(?:eq)?)(?![a-z])|[€£¥=\s])+|(?:\\newrow |[.,;。\s])+$", "", text)
     if text.startswith(("\\boxed{", "\\fbox{", "\\mathbf{", "\\textbf{", "**", "\\text{", "\\mathrm{")):
         text = unwrap(text).strip("*")
     if re.fullmatch(r"[0-9]{1,3}( [0-9]{3})+", text):
@@ -242,7 +191,9 @@ class Parser:
         return items[0] if len(items) == 1 else ("list", items)
 
     def relation(self):
-        sides, signs = [self.union()], []
+        # ">= 2" is about something without a name
+        unnamed = self.peek()[0] == "sign" and self.peek()[1] in ("<", ">", "<=", ">=", "!=")
+        sides, signs = [UNNAMED if unnamed else self.union()], []
         while sign := self.take("=", "<", ">", "<=", ">=", "!="):
             signs.append(sign)
             sides.append(self.union())
@@ -262,6 +213,9 @@ class Parser:
         left = self.sum()
         if self.take(":"):
             return ("mul", [(left, 1), (self.sum(), -1)])
+        if self.peek()[:2] == ("command", "choose"):
+            self.at += 1
+            return ("fn", "binom", [left, self.sum()])
         return left
 
     def sum(self):
@@ -315,7 +269,17 @@ class Parser:
             return value in ("(", "[", "{") or (value == "|" and not self.bars)
         if kind == "letters":
             return value.lower() not in ("and", "or", "u")
-        return kind == "command" and value not in ("cup", "in", "pm", "mp", "end", "degree", "rfloor", "rceil")
+        return kind == "command" and value not in (
+            "cup",
+            "in",
+            "pm",
+            "mp",
+            "end",
+            "degree",
+            "choose",
+            "rfloor",
+            "rceil",
+        )
 
     def factor(self):
         base = self.primary()
@@ -454,6 +418,10 @@ class Parser:
             return self.subscripted(word)
         if lower in MULTIPLIERS:
             return ("num", Fraction(MULTIPLIERS[lower]))
+        if match := FUNCTION_OF.fullmatch(word):
+            self.at -= 1
+            self.tokens[self.at] = ("letters", match[2], False)
+            return self.function(match[1].lower())
         if len(word) > 3:
             raise NotMath(f"word {word!r}")
         if len(word) > 1:
@@ -499,8 +467,8 @@ class Parser:
                 raise NotMath("floor without end")
             self.at += 1
             return ("fn", {"lfloor": "floor", "lceil": "ceil"}[name], [tree])
-        if name in GREEK:
-            return self.subscripted(name)
+        if name.removeprefix("var") in GREEK:
+            return self.subscripted(name.removeprefix("var"))
         if name == "begin":
             return self.matrix()
         raise NotMath(f"command {name!r}")
@@ -586,4 +554,4 @@ def starts_unit(tokens: list, start: int) -> bool:
                 return False
         elif place == 0 or value not in ("^", "2", "3", "{", "}", "/"):
             return False
-    return tokens[start - 1][1] not in ("^", "_", "*", "+", "-", "/", "=", "(", "[", "{", ",")
+    return tokens[start - 1][1] not in ("^", "_", "*", "+", "-", "/", "=", "(", "[", "{", ",", "cup", "in")

@@ -12,7 +12,8 @@ import threading
 from fractions import Fraction
 from math import comb, factorial, isqrt
 
-from .rewards_grammar import FUNCTIONS, GREEK, NotMath, clean, parse, plain_form, unwrap
+from .rewards_grammar import FUNCTION_OF, FUNCTIONS, GOES_ON, GREEK, UNNAMED, NotMath, clean, parse
+from .rewards_text import plain_form, unwrap
 
 MAX_LENGTH = 1000  # characters; longer answers are compared as text only
 MAX_NODES = 20_000  # operations over all comparisons of one answer
@@ -282,9 +283,12 @@ def expand(tree):
 
 
 def is_name(tree) -> bool:
-    """A variable, or f(x) (which reads as a product of two)."""
+    """A variable, or f(x), f(2), f(x, y) (which read as a product of two)."""
     if tree[0] == "mul":
-        return len(tree[1]) == 2 and all(factor[0] == "var" and power == 1 for factor, power in tree[1])
+        (name, _), *rest = tree[1]
+        return (
+            name[0] == "var" and len(rest) == 1 and rest[0][1] == 1 and rest[0][0][0] in ("var", "num", "neg", "tuple")
+        )
     return tree[0] == "var"
 
 
@@ -322,6 +326,8 @@ def same_items(a: list, b: list, values: Values, ordered: bool) -> bool:
 def same_relations(a, b, values: Values) -> bool:
     if len(a[2]) != len(b[2]):
         return False
+    if UNNAMED in (a[1][0], b[1][0]) and a[1][0][0] == b[1][0][0]:  # ">= 2" and "x >= 2"
+        a = ("rel", [b[1][0], *a[1][1:]], a[2])
     flip = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
     steps = []
     for relation in (a, b):
@@ -359,6 +365,8 @@ def same(a, b, values: Values) -> bool:
             return interval is not None and same(interval, other, values)
         if any(sign != "=" for sign in relation[2]):
             return False
+        if all(side == relation[1][0] for side in relation[1]):
+            return False  # 5 = 5 says nothing
         sides = relation[1][1:] if is_name(relation[1][0]) else relation[1]
         sides = sides[:-1] if sides == relation[1] and is_name(sides[-1]) else sides
         return all(same(side, other, values) for side in sides)  # every side: no hedging
@@ -370,7 +378,12 @@ def same(a, b, values: Values) -> bool:
     if kinds <= {"list", "set"} and "list" in kinds:
         # solutions of an equation in any order, braces or not; "x = 1 or x = 2" is that list too
         return len(kinds) + len(a[1]) + len(b[1]) > 0 and same_items(a[1], b[1], values, ordered=False)
-    if len(kinds) == 1 and a[0] in ("set", "union"):
+    if kinds == {"set"}:  # without order and without number
+        if max(len(a[1]), len(b[1])) > 50:
+            return False
+        there = all(any(same(one, two, values) for two in b[1]) for one in a[1])
+        return there and all(any(same(one, two, values) for two in a[1]) for one in b[1])
+    if kinds == {"union"}:
         return same_items(a[1], b[1], values, ordered=False)
     if kinds == {"tuple"}:
         return a[1:3] == b[1:3] and same_items(a[3], b[3], values, ordered=True)
@@ -387,6 +400,14 @@ def same(a, b, values: Values) -> bool:
 
 WORDS = re.compile(r"[^\W\d_][^\W\d_' -]+")
 NAMES = {"pi", "inf", "infinity", "oo", *GREEK}
+CLOCK = re.compile(r"([0-9]{1,2}(?::[0-9]{2}){1,2}) ?([ap])\.? ?m\.?", re.I)
+
+
+def is_word(text: str) -> bool:
+    """Whether a text is to be compared as a word; "xy" and "sinx" are not, "cat" is."""
+    if text in NAMES or re.fullmatch("[xyz]+", text) or (FUNCTION_OF.fullmatch(text) and text[-1] in "xyz"):
+        return False
+    return WORDS.fullmatch(text) is not None
 
 
 def math_equal(prediction: str, gold: str) -> bool:
@@ -400,13 +421,18 @@ def math_equal(prediction: str, gold: str) -> bool:
     longest = max(len(prediction), len(gold))
     words = plain_form(prediction) if longest <= 100_000 else ""
     as_text = bool(words) and words == plain_form(gold)
+    if longest <= MAX_LENGTH and bool(GOES_ON.search(prediction)) != bool(GOES_ON.search(gold)):
+        as_text = False
     # case counts for variables, 2x and 2X, and not for words
     if longest > MAX_LENGTH or (as_text and (len(words) == 1 or "".join(prediction.split()) == "".join(gold.split()))):
         return as_text
     try:
         texts = [clean(prediction), clean(gold)]
-        if any(WORDS.fullmatch(text) and text not in NAMES for text in map(unwrap, texts)):
+        if any(map(is_word, map(unwrap, texts))):
             return as_text
+        clocks = [CLOCK.fullmatch(text) for text in texts]
+        if any(clocks):
+            return all(clocks) and len({(clock[1], clock[2].lower()) for clock in clocks}) == 1
         (a, unit_a, percent_a), (b, unit_b, percent_b) = parse(texts[0]), parse(texts[1])
         if unit_a and unit_b and unit_a != unit_b:
             return False

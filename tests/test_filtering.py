@@ -9,6 +9,7 @@ from modeling_omni.filtering import (
     BANDS,
     grade,
     group_of,
+    is_unanswerable,
     markdown_report,
     measure_pass_rates,
     mismatched_rows,
@@ -155,6 +156,7 @@ def test_mismatched_prompts_swap_media_of_one_kind():
         words, picture = one["prompt"][0]["content"][-1]["text"], one["prompt"][0]["content"][0]["path"]
         assert words[-1] != picture[-1]
         assert one["answer"] == "unanswerable" and "args" not in one
+        assert grade(one, ["a</think>\\boxed{cannot be determined}", "a</think>\\boxed{7}"])["scores"] == [1.0, 0.0]
     assert len({one["id"] for one in made}) == 4
     assert len(mismatched_rows(rows, 2)) == 2
 
@@ -179,6 +181,18 @@ def test_whole_texts_are_graded_where_nothing_is_boxed():
     click = plain | {"verifier": "gui-coordinate", "answer": "0.5,0.6", "args": {"scale": 100, "tagged": False}}
     scores = grade(click, ["50 60", "(50, 60)<|im_end|>", "50 66", "500 600", "at 50 60", "<point>[(50,60)]</point>"])
     assert scores["scores"] == [1.0, 1.0, 0.36, 0.0, 0.0, 1.0]
+
+
+def test_what_abstains():
+    refusals = [
+        "a</think>I do not know. I am a small model.<|im_end|>",
+        "a</think>\\boxed{Not visible}",
+        "a</think>No.",
+    ]
+    assert grade(row(0), refusals) == {"scores": [0.0] * 3, "abstained": 2}  # one without the box of an answer
+    assert is_unanswerable(row(0) | {"answer": ["I do not know. I am a small model.", "unanswerable"]})
+    assert not is_unanswerable(row(0) | {"answer": ["unknown", "7"]}) and not is_unanswerable(row(0) | {"answer": []})
+    assert not is_unanswerable(row(0) | {"answer": "unknown", "verifier": "exact_match"})
 
 
 def test_mismatches_may_be_restricted():

@@ -158,7 +158,7 @@ __ , ; . ... ! ? 9 1, 0. ^ 9^ - + \pm / \frac \frac{ \sqrt \sqrt{ x x^ sin \sin 
 <function= {"a": [[ null, = <= : 9! _ 1_ 0.\overline{ <|im_end|> </s> ° ^\circ \begin{pmatrix} 1& é ² ½ √ ∞ 你 가 ﷺ
 1st $9 ¢ don't"""
 PIECES = PIECES.split() + [
-    " ", "\n", " and ", " or ", "million ", "nine ", "double ", "point ", "and a half ", "um ", "'s ", "cm ",
+    " ", "\n", ",", " and ", " or ", "million ", "nine ", "double ", "point ", "and a half ", "um ", "'s ", "cm ",
     "e\u0301", "\u0301\u0323", "\u200b", "\x00", "\ud800", "\u202e",
 ]  # fmt: skip
 CALLS = [
@@ -168,6 +168,8 @@ CALLS = [
     ("gui_coordinate", "0.5,0.5", {}),
     ("asr_wer", "hello world " * 200, {}),
     ("asr_wer", "你好", {}),
+    ("asr_wer", "ความเร็ว " * 20, {"lang": "th"}),
+    ("asr_wer", "हिन्दी भाषा", {"lang": "hi"}),
     ("format", "math:0.5", {}),
     ("format", "gui-coordinate:0.5,0.5", {}),
     ("tool_call", CALL, {}),
@@ -195,6 +197,17 @@ def test_random_mixtures_of_pieces():
 def test_an_answer_that_is_too_long_scores_nothing():
     for verifier, gold, args in CALLS:
         assert timed_score(verifier, "B" * 2_000_000, gold, **args) == 0.0
+
+
+@pytest.mark.parametrize("piece", ["1 ", "की "])
+def test_the_longest_transcripts_that_are_read(piece):
+    """Whole speeches are as long as the verifier reads them, in CPU seconds; longer ones are not read at all."""
+    gold = "2 " * 49_000
+    score("asr_wer", "a", "a")  # imports
+    start = time.thread_time()
+    for length in (216_000, 800_000):
+        assert score("asr_wer", piece * (length // len(piece)), gold) == 0.0
+    assert time.thread_time() - start < 2.0
 
 
 MONSTERS = [
@@ -339,6 +352,9 @@ def test_spoken_words():
     assert normalise_speech("The colours of the theatre") == "the colors of the theater".split()
     assert normalise_speech("今天 天气。") == list("今天天气")
     assert normalise_speech("[noise] Grüße, Welt!", "de") == ["grüße", "welt"]
+    assert normalise_speech("किताब, पढ़ो।", "hi") == normalise_speech("किताब पढ़ो") == ["किताब", "पढ़ो"]
+    assert len(normalise_speech("สวัสดี", "th")) == 4  # letters with their vowels
+    assert normalise_speech("كِتَابٌ", "ar") == ["كتاب"]  # points that may be left out
 
 
 def test_tool_calls_are_read_with_their_types():
@@ -361,6 +377,7 @@ def test_names_and_gold_answers_are_checked_when_data_is_read():
     check_gold("multiple-choice", "B", options=OPTIONS)
     check_gold("tool_call", [json.loads(CALL)])
     check_gold("abstention", "unanswerable")
+    check_gold("abstention", ["I do not know. I am a small model.", "unanswerable"])
     check_gold("asr", "")
     for verifier, gold, args in [
         ("math", "", {}),
@@ -383,3 +400,5 @@ def test_abstention_is_the_whole_answer():
     assert is_abstention("The question cannot be answered from the given information.")
     assert not is_abstention("The answer cannot be smaller than 5")
     assert not is_abstention("unknown soldier")
+    assert score("abstention", "Unable to determine.", ["I do not know", "unanswerable"]) == 1.0
+    assert score("abstention", "unanswerable", ["Paris", "Rome"]) == score("abstention", "unanswerable", []) == 0.0

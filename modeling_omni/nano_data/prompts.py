@@ -10,6 +10,7 @@ Nano answers in plain words, so all rows are meant for `reward: text`. Which ver
     math            counts
     document_parse  pages with boxes and classes, in percent
     timed_speech    spoken phrases with seconds
+    abstention      questions about what is not in their picture
     string_match    everything else. Sums too: a symbolic verifier takes "2 + 3" for 5, which is copying the question
 
 No question here is multiple choice with letters: nano was never shown any.
