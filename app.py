@@ -75,7 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
                         f"least {MIN_PASSWORD} characters (any user name), and TLS in front on a network that "
                         "is not yours")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0: a free one")
-    parser.add_argument("--max-file-mb", type=int, default=100, metavar="N", help="size of a file (default: 100)")
+    parser.add_argument("--max-file-mb", type=int, metavar="N", help="size of a file (default: 64)")
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
+                        help="another limit on media, such as max_video_seconds=120; all of them: "
+                        "modeling_omni/limits.py; may be repeated")  # fmt: skip
     parser.add_argument("--max-seconds", type=float, default=300.0, metavar="S",
                         help="time of an answer, waiting included (default: 300)")  # fmt: skip
     parser.add_argument("--max-waiting", type=int, default=16, metavar="N",
@@ -128,7 +131,7 @@ def about(demo) -> str:
         )
     rows = {
         "context of the model": f"{context:,} tokens; longer prompts lose frames and pixels, never text or sound",
-        "a file": f"{limits.file_bytes / 2**20:.0f} MiB; {limits.files} files a message",
+        "a file": f"{media.max_bytes / 2**20:.0f} MiB; {limits.files} files a message",
         "a picture": f"{media.max_image_pixels / 1e6:.0f} megapixels",
         "a video or sound": f"{media.max_video_seconds / 60:.0f} minutes; {media.max_video_frames} frames are kept",
         "a message": f"{limits.characters:,} characters; {limits.turns} messages a conversation",
@@ -375,13 +378,26 @@ def build(demo):
     return page.queue(max_size=8 * limits.waiting, api_open=False)
 
 
+def given_limits(options):
+    """`DemoLimits` with what the options and OMNI_LIMITS say."""
+    from modeling_omni.limits import DemoLimits, with_limits
+
+    limits = DemoLimits(
+        seconds=options.max_seconds, waiting=options.max_waiting, sessions=options.max_sessions,
+        cache_bytes=options.cache_mb * 2**20,
+    )  # fmt: skip
+    limits.media.max_bytes = options.max_file_mb * 2**20 if options.max_file_mb else limits.media.max_bytes
+    with_limits(limits.media, options.limit).allow_paths = True  # uploads are paths; `own_file` lets no others in
+    return limits
+
+
 def launch(options) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
         OmniInputError: an exposed host without a password, a model or an address that cannot be had.
     """
-    from modeling_omni.media import OmniInputError
+    from modeling_omni.limits import OmniInputError
 
     password = os.environ.get("OMNI_PASSWORD", "")
     exposed = options.host not in LOOPBACK
@@ -390,6 +406,7 @@ def launch(options) -> None:
             f"--host {options.host} lets other machines in: set a password of {MIN_PASSWORD} characters or more in the "
             "environment variable OMNI_PASSWORD, or stay on 127.0.0.1"
         )
+    limits = given_limits(options)
     with tempfile.TemporaryDirectory(prefix="omni-demo-") as uploads:  # others cannot read it; gone when we are
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
         try:
@@ -398,7 +415,7 @@ def launch(options) -> None:
             raise OmniInputError(f"the demo needs {error.name}: pip install 'modeling-omni[demo]'") from error
         from starlette.middleware import Middleware
 
-        from modeling_omni.demo import Demo, DemoLimits
+        from modeling_omni.demo import Demo
         from modeling_omni.demo_guard import Guard
         from modeling_omni.inference import load
 
@@ -409,15 +426,10 @@ def launch(options) -> None:
 
             model = load_adapter(model, options.adapter).get_base_model().eval()
             name += f" + {os.path.basename(os.path.normpath(options.adapter))}"
-        context = model.config.get_text_config().max_position_embeddings
-        limits = DemoLimits(
-            file_bytes=options.max_file_mb * 2**20, seconds=options.max_seconds, waiting=options.max_waiting,
-            sessions=options.max_sessions, cache_bytes=options.cache_mb * 2**20, new_tokens=min(16_384, context // 4),
-        )  # fmt: skip
-        limits.media.max_bytes = limits.file_bytes
+        limits.new_tokens = min(limits.new_tokens, model.config.get_text_config().max_position_embeddings // 4)
         demo = Demo(model, processor, name, uploads, limits)
         hosts = None if exposed else LOOPBACK
-        guard = Middleware(Guard, hosts, uploads, limits.disk_bytes, limits.file_bytes, limits.files)
+        guard = Middleware(Guard, hosts, uploads, limits.disk_bytes, limits.media.max_bytes, limits.files)
         fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif"]
         theme = gr.themes.Default(
             primary_hue="emerald", secondary_hue="emerald", neutral_hue="slate", text_size="md", radius_size="lg",
@@ -427,7 +439,7 @@ def launch(options) -> None:
             _, address, _ = build(demo).launch(
                 server_name=options.host, server_port=options.port or free_port(options.host), share=False, quiet=True,
                 auth=(lambda user, given: right_password(given, password)) if password else None,
-                auth_message="Any user name, and the password of this demo.", max_file_size=limits.file_bytes,
+                auth_message="Any user name, and the password of this demo.", max_file_size=limits.media.max_bytes,
                 run_history=False, footer_links=[], app_kwargs={"middleware": [guard]}, ssr_mode=False, pwa=False,
                 mcp_server=False, enable_monitoring=False, strict_cors=True, prevent_thread_lock=True, css=CSS,
                 theme=theme, max_threads=80, inbrowser=False, num_workers=0,

@@ -40,7 +40,8 @@ def decoding(name: str, kind: str):
     except OmniInputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        text = getattr(error, "strerror", None) or error  # without the path that FFmpeg's errors repeat
+        reason = " ".join(str(text).split())[:200] or type(error).__name__
         problem = f"cannot be decoded as {kind} ({type(error).__name__}: {reason})"
         raise refuse(name, problem, do=f"check that it is whole and really {kind}") from error
 
