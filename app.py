@@ -391,6 +391,19 @@ def given_limits(options):
     return limits
 
 
+def load_model(options) -> tuple:
+    """(model, processor, their name) that the options ask for."""
+    from modeling_omni.inference import load
+
+    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    if not options.adapter:
+        return model, processor, options.model
+    from modeling_omni.lora import load_adapter
+
+    model = load_adapter(model, options.adapter).get_base_model().eval()
+    return model, processor, f"{options.model} + {os.path.basename(os.path.normpath(options.adapter))}"
+
+
 def launch(options) -> None:
     """Serves the page until Ctrl-C.
 
@@ -417,15 +430,8 @@ def launch(options) -> None:
 
         from modeling_omni.demo import Demo
         from modeling_omni.demo_guard import Guard
-        from modeling_omni.inference import load
 
-        model, processor = load(options.model, options.dtype, options.device, options.attn)
-        name = options.model
-        if options.adapter:
-            from modeling_omni.lora import load_adapter
-
-            model = load_adapter(model, options.adapter).get_base_model().eval()
-            name += f" + {os.path.basename(os.path.normpath(options.adapter))}"
+        model, processor, name = load_model(options)
         limits.new_tokens = min(limits.new_tokens, model.config.get_text_config().max_position_embeddings // 4)
         demo = Demo(model, processor, name, uploads, limits)
         hosts = None if exposed else LOOPBACK

@@ -1,10 +1,10 @@
 """Every limit on what comes from outside, with its default and how to set it; and the one exception type for input.
 
 `MediaLimits` bounds one conversation wherever it is read: library, command line, server, demo and training;
-`ServerLimits` and `DemoLimits` bound `infer.py serve` and `app.py`, and have stricter `MediaLimits` of their own. What is
-over a limit is refused with an `OmniInputError` that names the item, the limit and its field here. Three ways to set one:
+`ServerLimits` and `DemoLimits` bound `infer.py serve` and `app.py`, with stricter `MediaLimits` of their own. What is
+over a limit is refused with an `OmniInputError` that names the item, the limit and its field here. Three ways to set it:
 
-- in Python: `media_limits=MediaLimits(timeout=60)` of the processor's calls, `limits=` of the loaders, `Server` and `Demo`;
+- in Python: `media_limits=MediaLimits(timeout=60)` of the processor's calls, `limits=` of loaders, `Server` and `Demo`;
 - on the command line: `--limit timeout=60 --limit max_image_pixels=2e7` of ask, chat, batch, serve, eval and app.py;
 - for every process, training too: OMNI_LIMITS="timeout=60 max_image_side=4096" in the environment.
 
