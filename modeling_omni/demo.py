@@ -327,7 +327,7 @@ class Session:
         Args:
             question: whether it must ask something.
         """
-        limits = self.demo.limits
+        limits, files = self.demo.limits, [self.demo.own_file(self, path) for path in files]  # all are known, and go
         check_settings(settings, limits)
         if len(text) > limits.characters:
             raise OmniInputError(f"the text has {len(text):,} characters; the limit is {limits.characters:,}")
@@ -335,7 +335,7 @@ class Session:
             raise OmniInputError(f"{len(files)} files are attached; the limit is {limits.files} a message")
         parts, opened = [], {}
         for path in files:
-            key = (self.demo.own_file(self, path), settings.frames, settings.sound)
+            key = (path, settings.frames, settings.sound)
             part = opened[key] = opened.get(key) or self.opened.get(key) or self.open(*key)
             if sum(map(part_bytes, opened.values())) > limits.media.max_decoded_bytes:
                 limit = f"{limits.media.max_decoded_bytes:,} bytes (MediaLimits.max_decoded_bytes)"

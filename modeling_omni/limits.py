@@ -2,7 +2,7 @@
 
 `MediaLimits` bounds one conversation wherever it is read: library, command line, server, demo and training;
 `ServerLimits` and `DemoLimits` bound `infer.py serve` and `app.py`, with stricter `MediaLimits` of their own. What is
-over a limit is refused with an `OmniInputError` that names the item, the limit and its field here. Three ways to set it:
+over a limit is refused with an `OmniInputError` that names the item, the limit and its field here. Ways to set one:
 
 - in Python: `media_limits=MediaLimits(timeout=60)` of the processor's calls, `limits=` of loaders, `Server` and `Demo`;
 - on the command line: `--limit timeout=60 --limit max_image_pixels=2e7` of ask, chat, batch, serve, eval and app.py;

@@ -321,15 +321,18 @@ def test_packing_conserves_tokens(sizes, row_tokens, media_tokens, num_rows):
 # ------------------------------------------------------------------------------------------------------ fuzzing
 
 
+STRETCH = ("media", "prompt", "batch", "demo", "training")
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return FuzzWorld(tmp_path_factory.mktemp("fuzz"), ("media", "prompt", "batch"))
+    return FuzzWorld(tmp_path_factory.mktemp("fuzz"), STRETCH)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_stretch_of_fuzzing_finds_nothing(world):
-    paths = ("media", "prompt", "batch")
-    found = [(number, run_case(world, 1, number, paths)) for number in range(40)]
+    paths = STRETCH
+    found = [(number, run_case(world, 1, number, paths)) for number in range(60)]
     assert [case for case in found if case[1][2] is not None] == []
     assert {outcome for _, (_, outcome, _) in found} == {"read", "refused"}
     assert [draw(1, 7, paths)[1] for _ in range(3)] == [draw(1, 7, paths)[1]] * 3 and set(PATHS) > set(paths)
