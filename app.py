@@ -28,8 +28,9 @@ CSS = """
 .gradio-container {padding: 0 !important;}
 .gradio-container .main.fillable {max-width: 1320px !important; padding: 10px clamp(8px, 1.6vw, 20px) 14px !important;}
 .gradio-container .gap, .gradio-container .column {gap: 10px;}
-.gradio-container :focus-visible {outline: 2px solid var(--primary-600) !important; outline-offset: 1px;}
-.gradio-container textarea:focus-visible {outline: none !important;}
+.gradio-container.gradio-container.gradio-container :focus-visible {
+  outline: 2px solid var(--primary-600) !important; outline-offset: 1px;}
+.gradio-container.gradio-container.gradio-container textarea:focus-visible {outline: none !important;}
 .gradio-container .block:has(textarea:focus-visible) {outline: 2px solid var(--primary-600);}
 .gradio-container .html-container {padding: 0 !important;}
 #head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 12px; padding: 2px;}
@@ -79,9 +80,9 @@ button[aria-label="Share"] {display: none !important;}
 """
 
 # gradio gives pictures of a conversation no name
-NAMES = """() => new MutationObserver(() => document.querySelectorAll('[role=log] img:not([alt]), [role=log] img[alt=""]')
-  .forEach(e => { e.alt = decodeURIComponent(e.src.split('/').pop()) || 'picture'; })
-).observe(document.body, {childList: true, subtree: true})"""
+NAMES = """() => new MutationObserver(() => document.querySelectorAll('[role=log] img').forEach(
+  e => { e.alt ||= decodeURIComponent(e.src.split('/').pop()) || 'picture'; }
+)).observe(document.body, {childList: true, subtree: true})"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -479,8 +480,8 @@ def launch(options) -> None:
                 auth=(lambda user, given: right_password(given, password)) if password else None,
                 auth_message="Any user name, and the password of this demo.", max_file_size=limits.media.max_bytes,
                 run_history=False, footer_links=[], app_kwargs={"middleware": [guard]}, ssr_mode=False, pwa=False,
-                mcp_server=False, enable_monitoring=False, strict_cors=True, prevent_thread_lock=True, css=CSS, js=NAMES,
-                theme=theme, max_threads=80, inbrowser=False, num_workers=0,
+                mcp_server=False, enable_monitoring=False, strict_cors=True, prevent_thread_lock=True, css=CSS,
+                js=NAMES, theme=theme, max_threads=80, inbrowser=False, num_workers=0,
             )  # fmt: skip
             print(f"listening on {address}, model {name}; Ctrl-C stops", flush=True)
             threading.Event().wait()

@@ -5,6 +5,7 @@ import io
 import json
 import resource
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -69,6 +70,21 @@ def test_every_item_of_the_corpus(kind):
             assert ";" in str(error) and "\n" not in str(error) and len(str(error)) < 600, (name, error)
         assert wanted in (EITHER, got), name
     assert peak() - before < 400 * 1024**2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", MEDIA)
+def test_errors_tell_a_path_once(kind, tmp_path):
+    """In front, where a server or the demo can put a name in its place; libraries repeat it."""
+    refused = 0
+    for name, (data, wanted) in MEDIA[kind]().items():
+        if wanted == "refused" and len(data) < 50_000:
+            (tmp_path / "file").write_bytes(data)
+            with pytest.raises(OmniInputError) as error:
+                LOAD[kind](tmp_path / "file", limits=replace(server_media_limits(), allow_paths=True))
+            assert str(error.value).rfind(str(tmp_path)[:20]) == 0, name
+            refused += 1
+    assert refused > 10
 
 
 def test_files_with_the_wrong_ending(tmp_path):

@@ -390,7 +390,7 @@ def test_placeholders_equal_features(conversations, rate, order, budget, side):
         assert set(output) == {"input_ids", "attention_mask", "labels"}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.lists(part_strategy, max_size=4), min_size=1, max_size=5),
     st.sampled_from([0.0, 0.5]),
