@@ -26,37 +26,63 @@ MIN_PASSWORD = 8  # characters
 WELCOME = "### Ask about text, pictures, videos and sound\nAttach or record below, or begin with one of these."
 CSS = """
 .gradio-container {padding: 0 !important;}
-.gradio-container .main.fillable {max-width: 1320px !important; padding: 10px 20px 18px !important;}
+.gradio-container .main.fillable {max-width: 1320px !important; padding: 10px clamp(8px, 1.6vw, 20px) 14px !important;}
 .gradio-container .gap, .gradio-container .column {gap: 10px;}
+.gradio-container.gradio-container.gradio-container :focus-visible {
+  outline: 2px solid var(--primary-600) !important; outline-offset: 1px;}
+.gradio-container.gradio-container.gradio-container textarea:focus-visible {outline: none !important;}
+.gradio-container .block:has(textarea:focus-visible) {outline: 2px solid var(--primary-600);}
+.gradio-container .html-container {padding: 0 !important;}
 #head {display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 12px; padding: 2px;}
 #head h1 {font-size: 1.3rem; font-weight: 650; letter-spacing: -0.01em; margin: 0;}
 #head span {font-size: .84rem; color: var(--body-text-color-subdued);}
 #head b {font-weight: 600; color: var(--body-text-color); background: var(--background-fill-primary);
   border: 1px solid var(--border-color-primary); border-radius: 99px; padding: 1px 9px;}
+.tab-container button {padding-inline: clamp(8px, 1.3vw, 16px) !important;}
+.tab-container button.selected {color: var(--primary-700) !important;}
+.dark .tab-container button.selected {color: var(--primary-400) !important;}
 #chat {height: calc(100dvh - 300px) !important; min-height: 330px; border-radius: 14px;}
 button[aria-label="Share"] {display: none !important;}
-#chat .examples button, #chat button.example {border: 1px solid var(--border-color-primary); border-radius: 12px;}
-.line {min-height: 1.4em; font-size: .82rem; line-height: 1.4; color: var(--body-text-color-subdued); padding: 0 6px;
+#chat .examples {grid-template-columns: repeat(auto-fit, minmax(240px, 1fr));}
+#chat button.example {border: 1px solid var(--border-color-primary); border-radius: 12px; min-width: 0;}
+#chat .icon-button-wrapper button {min-width: 24px; min-height: 24px;}
+#chat .message-buttons button {min-width: 28px; min-height: 28px;}
+.gradio-container button.submit-button {background: var(--primary-700); color: white;}
+.gradio-container button.submit-button:hover {background: var(--primary-800);}
+.controls .form {border: 0; box-shadow: none;}
+.controls > button {min-height: 30px; align-items: center;}
+.controls .tab-like-container {height: 30px !important;}
+.controls label:has(input[type=checkbox]) {min-height: 28px;}
+.line {font-size: .82rem; line-height: 1.4; color: var(--body-text-color-subdued); padding: 0 6px;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; white-space: pre-line;}
-.line:has(> span:empty) {min-height: 0;}
+.line:has(> span:empty) {line-height: 0;}
 .line .problem {color: #b91c1c; font-weight: 550;}
 .dark .line .problem {color: #fca5a5;}
+.about {max-width: 86ch;}
+.about th, .about td {border-color: var(--border-color-primary) !important; padding: 5px 12px !important;}
 .seen {margin: 0 0 26px;}
 .seen h3 {margin: 0 0 2px; font-size: 1rem; overflow-wrap: anywhere;}
 .seen p {margin: 0 0 10px; font-size: .84rem; color: var(--body-text-color-subdued);}
 .seen-grid {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(230px, 100%), 1fr)); gap: 14px;}
 .seen figure {margin: 0; max-width: 560px;}
+.seen-grid figure:only-child {width: min(420px, 100vw - 40px);}
 .seen-wide figure {max-width: 860px;}
 .seen-wide img {height: 190px; object-fit: fill;}
 .seen img {width: 100%; border-radius: 8px; display: block;}
 .seen figcaption {font-size: .79rem; margin-top: 4px; color: var(--body-text-color-subdued);}
 @media (max-width: 720px) {
-  .gradio-container .main.fillable {padding: 4px 6px 10px !important;}
   #chat {height: calc(100dvh - 290px) !important; min-height: 300px;}
+  #chat .examples {grid-template-columns: 1fr 1fr; gap: 8px; padding: 6px;}
+  #chat .example-content {padding: 8px; gap: 4px;}
   #head h1 {font-size: 1.08rem;}
   .seen-grid {grid-template-columns: repeat(auto-fill, minmax(min(150px, 100%), 1fr));}
 }
 """
+
+# gradio gives pictures of a conversation no name
+NAMES = """() => new MutationObserver(() => document.querySelectorAll('[role=log] img').forEach(
+  e => { e.alt ||= decodeURIComponent(e.src.split('/').pop()) || 'picture'; }
+)).observe(document.body, {childList: true, subtree: true})"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,7 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
                         f"least {MIN_PASSWORD} characters (any user name), and TLS in front on a network that "
                         "is not yours")  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0: a free one")
-    parser.add_argument("--max-file-mb", type=int, default=100, metavar="N", help="size of a file (default: 100)")
+    parser.add_argument("--max-file-mb", type=int, metavar="N", help="size of a file (default: 64)")
+    parser.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
+                        help="another limit on media, such as max_video_seconds=120; all of them: "
+                        "modeling_omni/limits.py; may be repeated")  # fmt: skip
     parser.add_argument("--max-seconds", type=float, default=300.0, metavar="S",
                         help="time of an answer, waiting included (default: 300)")  # fmt: skip
     parser.add_argument("--max-waiting", type=int, default=16, metavar="N",
@@ -127,8 +156,8 @@ def about(demo) -> str:
             "with thinking: temperature 0.6, top-p 0.95; without: greedy."
         )
     rows = {
-        "context of the model": f"{context:,} tokens; longer prompts lose frames and pixels, never text or sound",
-        "a file": f"{limits.file_bytes / 2**20:.0f} MiB; {limits.files} files a message",
+        "the model's context": f"{context:,} tokens; longer prompts lose frames and pixels, never text or sound",
+        "a file": f"{media.max_bytes / 2**20:.0f} MiB; {limits.files} files a message",
         "a picture": f"{media.max_image_pixels / 1e6:.0f} megapixels",
         "a video or sound": f"{media.max_video_seconds / 60:.0f} minutes; {media.max_video_frames} frames are kept",
         "a message": f"{limits.characters:,} characters; {limits.turns} messages a conversation",
@@ -139,23 +168,25 @@ def about(demo) -> str:
     return (
         f"### The model\n\n{model}\n\nEvery model of this kind makes things up, with confidence, and repeats what its "
         "data had wrong. **There is no safety filter here.** Do not let it decide about people, health, law or money."
-        f"\n\n### Limits\n\n| of | |\n|---|---|\n{table}\n\n### Your data\n\nFiles stay on this machine. They, and "
-        "what the model kept of them, are deleted when you clear the conversation or close or reload the page. Nothing "
-        "is logged, nothing is sent anywhere: no share link, no telemetry, and the page loads nothing from elsewhere. "
-        "Other tabs and other people cannot see what you do here.\n\nUnofficial; not affiliated with NVIDIA. Weights "
-        "are under the licence of their checkpoint."
+        f"\n\n### Limits\n\n| what | how much |\n|---|---|\n{table}\n\n### Your data\n\nFiles stay on this machine. "
+        "They, and what the model kept of them, are deleted when you clear the conversation or close or reload the "
+        "page. Nothing is logged, nothing is sent anywhere: no share link, no telemetry, and the page loads nothing "
+        "from elsewhere. Other tabs and other people cannot see what you do here.\n\nUnofficial; not affiliated with "
+        "NVIDIA. Weights are under the licence of their checkpoint."
     )
 
 
 def examples() -> list[dict]:
     from modeling_omni.demo import EXAMPLES
 
-    rows = json.loads((EXAMPLES / "examples.json").read_text())
-    found = []
-    for row in rows:
+    found = {}  # one question a file
+    for row in json.loads((EXAMPLES / "examples.json").read_text()):
         files = [str(EXAMPLES / row[kind]) for kind in ("image", "video", "audio") if kind in row]
-        found.append({"text": row["question"], "files": files})
-    return found + [{"text": "What is 47 + 38?", "display_text": "What is 47 + 38? (thinks first)", "files": []}]
+        found[files[0]] = {"text": row["question"], "files": files}
+    return [
+        *found.values(),
+        {"text": "What is 47 + 38?", "display_text": "What is 47 + 38? (thinks first)", "files": []},
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -165,22 +196,22 @@ def controls(gr, demo, defaults, side: str = "") -> list:
     """The components of one set of settings, in the order of `settings_of`."""
     limits, front = demo.limits, demo.processor.image_processor
     name = f" {side}" if side else ""
-    with gr.Accordion(f"Thinking and length{name}", open=True):
+    with gr.Accordion(f"Thinking and length{name}", open=True, elem_classes="controls"):
         thinking = gr.Checkbox(defaults.thinking, label=f"Think before the answer{name}")
         budget = gr.Slider(-1, limits.new_tokens, defaults.reasoning_budget, step=1, label=f"Thinking budget{name}",
                            info="tokens of thought; -1: no limit")  # fmt: skip
         length = gr.Slider(1, limits.new_tokens, defaults.max_new_tokens, step=1, label=f"New tokens at most{name}",
                            info="of thought and answer")  # fmt: skip
-    with gr.Accordion(f"Pictures, videos, sound{name}", open=not side):
+    with gr.Accordion(f"Pictures, videos, sound{name}", open=not side, elem_classes="controls"):
         frames = gr.Slider(0, limits.media.max_video_frames, 0, step=1, label=f"Frames of a video{name}",
                            info="0: 2 a second, 256 at most")  # fmt: skip
         patches = gr.Slider(0, max(front.max_num_patches, front.min_num_patches), 0, step=16,
-                            label=f"Patches of a picture or frame{name}",
-                            info="at most; four make a token; 0: the model's own choice")  # fmt: skip
+                            label=f"Patches at most{name}",
+                            info="of a picture or frame, four a token; 0: as the model likes")  # fmt: skip
         evs = gr.Slider(0, 0.95, defaults.pruning_rate, step=0.05, label=f"EVS: video tokens to drop{name}",
-                        info="share of tokens that repeat the frame before")  # fmt: skip
+                        info="share, of those that repeat")  # fmt: skip
         sound = gr.Checkbox(True, label=f"Hear the sound of videos{name}")
-    with gr.Accordion(f"Sampling{name}", open=False):
+    with gr.Accordion(f"Sampling{name}", open=False, elem_classes="controls"):
         temperature = gr.Slider(0, 2, defaults.temperature, step=0.05, label=f"Temperature{name}",
                                 info="0: always the likeliest word")  # fmt: skip
         top_p = gr.Slider(0.05, 1, defaults.top_p, step=0.05, label=f"Top-p{name}")
@@ -280,10 +311,11 @@ def build(demo):
         """The cost of what stands in the text box, before it is sent."""
         if not value or not (value["text"].strip() or value["files"]):
             return line("")
+        session = own(request)
         try:
-            return line(count_line(own(request).count(value["text"], value["files"], settings_of(chosen))))
+            return line(count_line(session.count(value["text"], value["files"], settings_of(chosen))))
         except OmniInputError as error:
-            return line(str(error), True)
+            return line("") if str(error) == session.problem else line(str(error), True)  # it stands below already
 
     def start(event: gr.SelectData):
         """An example into the text box, with thinking where it needs that."""
@@ -336,24 +368,24 @@ def build(demo):
                 seen = gr.HTML(line(""))
             with gr.Tab("Compare"):
                 gr.HTML(
-                    line("One question under two settings, one after the other, so that the times can be compared.")
+                    line("One question under two settings, one after the other, so that the times can be compared."),
                 )
                 both = gr.MultimodalTextbox(
                     label="Question for both", placeholder="A question for both sides", **typing
                 )
-                both_tally = gr.HTML(line(""))
-                sides = []
+                both_tally, sides = gr.HTML(line("")), []
                 with gr.Row(equal_height=False):
-                    for side, own_defaults in (
-                        ("A", defaults),
-                        ("B", replace(defaults, thinking=not defaults.thinking)),
-                    ):
+                    for side in "AB":
                         with gr.Column(min_width=300):
                             shown = gr.Chatbot(label=f"Answer {side}", height=260, **chat_options)
-                            below = gr.HTML(line(""))
-                            sides.append((shown, below, controls(gr, demo, own_defaults, side)))
+                            sides.append((shown, gr.HTML(line(""))))
+                with gr.Row(equal_height=False):
+                    other = replace(defaults, thinking=not defaults.thinking)
+                    for side, own_defaults in (("A", defaults), ("B", other)):
+                        with gr.Column(min_width=300):
+                            sides.append(controls(gr, demo, own_defaults, side))
             with gr.Tab("About"):
-                gr.Markdown(about(demo))
+                gr.Markdown(about(demo), elem_classes="about")
 
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         many = {"concurrency_limit": limits.waiting + limits.batch, "concurrency_id": "answers"}
@@ -364,7 +396,7 @@ def build(demo):
         conversation.undo(undo, None, outputs, **quiet)
         conversation.clear(clear, None, [conversation, after], **quiet)
         conversation.example_select(start, None, [text, chosen[0]], **quiet)
-        (a, line_a, chosen_a), (b, line_b, chosen_b) = sides
+        (a, line_a), (b, line_b), chosen_a, chosen_b = sides
         both.submit(compare, [both, *chosen_a, *chosen_b], [a, line_a, b, line_b, both], **quiet, **many)
         for typed, counted, options in ((text, tally, chosen), (both, both_tally, chosen_a)):
             typed.stop(stop, None, None, queue=False, **quiet)
@@ -375,13 +407,39 @@ def build(demo):
     return page.queue(max_size=8 * limits.waiting, api_open=False)
 
 
+def given_limits(options):
+    """`DemoLimits` with what the options and OMNI_LIMITS say."""
+    from modeling_omni.limits import DemoLimits, with_limits
+
+    limits = DemoLimits(
+        seconds=options.max_seconds, waiting=options.max_waiting, sessions=options.max_sessions,
+        cache_bytes=options.cache_mb * 2**20,
+    )  # fmt: skip
+    limits.media.max_bytes = options.max_file_mb * 2**20 if options.max_file_mb else limits.media.max_bytes
+    with_limits(limits.media, options.limit).allow_paths = True  # uploads are paths; `own_file` lets no others in
+    return limits
+
+
+def load_model(options) -> tuple:
+    """(model, processor, their name) that the options ask for."""
+    from modeling_omni.inference import load
+
+    model, processor = load(options.model, options.dtype, options.device, options.attn)
+    if not options.adapter:
+        return model, processor, options.model
+    from modeling_omni.lora import load_adapter
+
+    model = load_adapter(model, options.adapter).get_base_model().eval()
+    return model, processor, f"{options.model} + {os.path.basename(os.path.normpath(options.adapter))}"
+
+
 def launch(options) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
         OmniInputError: an exposed host without a password, a model or an address that cannot be had.
     """
-    from modeling_omni.media import OmniInputError
+    from modeling_omni.limits import OmniInputError
 
     password = os.environ.get("OMNI_PASSWORD", "")
     exposed = options.host not in LOOPBACK
@@ -390,6 +448,7 @@ def launch(options) -> None:
             f"--host {options.host} lets other machines in: set a password of {MIN_PASSWORD} characters or more in the "
             "environment variable OMNI_PASSWORD, or stay on 127.0.0.1"
         )
+    limits = given_limits(options)
     with tempfile.TemporaryDirectory(prefix="omni-demo-") as uploads:  # others cannot read it; gone when we are
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
         try:
@@ -398,39 +457,31 @@ def launch(options) -> None:
             raise OmniInputError(f"the demo needs {error.name}: pip install 'modeling-omni[demo]'") from error
         from starlette.middleware import Middleware
 
-        from modeling_omni.demo import Demo, DemoLimits
+        from modeling_omni.demo import Demo
         from modeling_omni.demo_guard import Guard
-        from modeling_omni.inference import load
 
-        model, processor = load(options.model, options.dtype, options.device, options.attn)
-        name = options.model
-        if options.adapter:
-            from modeling_omni.lora import load_adapter
-
-            model = load_adapter(model, options.adapter).get_base_model().eval()
-            name += f" + {os.path.basename(os.path.normpath(options.adapter))}"
-        context = model.config.get_text_config().max_position_embeddings
-        limits = DemoLimits(
-            file_bytes=options.max_file_mb * 2**20, seconds=options.max_seconds, waiting=options.max_waiting,
-            sessions=options.max_sessions, cache_bytes=options.cache_mb * 2**20, new_tokens=min(16_384, context // 4),
-        )  # fmt: skip
-        limits.media.max_bytes = limits.file_bytes
+        model, processor, name = load_model(options)
+        limits.new_tokens = min(limits.new_tokens, model.config.get_text_config().max_position_embeddings // 4)
         demo = Demo(model, processor, name, uploads, limits)
         hosts = None if exposed else LOOPBACK
-        guard = Middleware(Guard, hosts, uploads, limits.disk_bytes, limits.file_bytes, limits.files)
+        guard = Middleware(Guard, hosts, uploads, limits.disk_bytes, limits.media.max_bytes, limits.files)
         fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif"]
         theme = gr.themes.Default(
             primary_hue="emerald", secondary_hue="emerald", neutral_hue="slate", text_size="md", radius_size="lg",
             spacing_size="sm", font=fonts, font_mono=["ui-monospace", "DejaVu Sans Mono", "monospace"],
-        ).set(body_background_fill="*neutral_50", block_title_text_weight="550")  # fmt: skip
+        ).set(
+            body_background_fill="*neutral_50", block_title_text_weight="550", body_text_color_subdued="*neutral_500",
+            block_info_text_color="*neutral_500", input_placeholder_color="*neutral_500",
+            input_placeholder_color_dark="*neutral_400",
+        )  # fmt: skip
         try:
             _, address, _ = build(demo).launch(
                 server_name=options.host, server_port=options.port or free_port(options.host), share=False, quiet=True,
                 auth=(lambda user, given: right_password(given, password)) if password else None,
-                auth_message="Any user name, and the password of this demo.", max_file_size=limits.file_bytes,
+                auth_message="Any user name, and the password of this demo.", max_file_size=limits.media.max_bytes,
                 run_history=False, footer_links=[], app_kwargs={"middleware": [guard]}, ssr_mode=False, pwa=False,
                 mcp_server=False, enable_monitoring=False, strict_cors=True, prevent_thread_lock=True, css=CSS,
-                theme=theme, max_threads=80, inbrowser=False, num_workers=0,
+                js=NAMES, theme=theme, max_threads=80, inbrowser=False, num_workers=0,
             )  # fmt: skip
             print(f"listening on {address}, model {name}; Ctrl-C stops", flush=True)
             threading.Event().wait()

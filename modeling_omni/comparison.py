@@ -99,11 +99,19 @@ def read_rollouts(folder: str | Path) -> dict[str, tuple[str, float]]:
     """id -> (source, mean score) of the rollouts that `train.py filter` has left in a folder.
 
     Raises:
-        OmniInputError: there are none.
+        OmniInputError: there are none, or one without an id or scores.
     """
     found = {}
-    for record in rollout_records(Path(folder)):
-        found[record["id"]] = record.get("source") or "", statistics.fmean(record["scores"])
+    for where, record in rollout_records(Path(folder)):
+        if not isinstance(record.get("id"), (str, int)):
+            raise OmniInputError(
+                f"{where}: this prompt has no 'id', by which it would be found in the other folder; give the prompts "
+                "ids and run train.py filter again"
+            )
+        try:
+            found[record["id"]] = str(record.get("source") or ""), statistics.fmean(record["scores"])
+        except (KeyError, TypeError, ValueError, statistics.StatisticsError) as error:
+            raise OmniInputError(f"{where}: 'scores' must be a list of numbers; run train.py filter again") from error
     if not found:
         raise OmniInputError(f"{folder} holds no rollouts (pass_rates-*.jsonl): run train.py filter")
     return found

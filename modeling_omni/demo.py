@@ -14,7 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -26,7 +26,7 @@ from .degrade import prompt_limit
 from .generation_rows import Row, row_settings
 from .inference import AnswerSplitter, default_max_new_tokens, default_thinking, encode, open_media, opens_thought
 from .inference import user_message as checked_message
-from .media import MediaLimits, OmniInputError
+from .limits import DemoLimits, OmniInputError, is_out_of_memory
 from .media_source import _printable
 from .serving_queue import QueueFull, ServingQueue
 
@@ -35,38 +35,8 @@ logger = logging.getLogger(__name__)
 EXAMPLES = Path(__file__).parent / "nano" / "examples"
 REFRESH = 0.1  # seconds between two looks at an answer that is being written
 MORE_KINDS = {".webp": "image", ".avif": "image", ".mkv": "video", ".webm": "video", ".flac": "audio", ".opus": "audio"}
+NO_MEMORY = "the model ran out of memory; send smaller media or fewer frames"
 PREFILL_CHUNK = 2048  # tokens of a prompt between two looks at the stop button
-
-
-@dataclass
-class DemoLimits:
-    """What the demo takes on, with the defaults."""
-
-    file_bytes: int = 100 * 1024**2
-    disk_bytes: int = 4 * 1024**3  # of the files of all sessions
-    files: int = 8  # of a message
-    characters: int = 20_000  # of a message
-    turns: int = 50  # of a conversation
-    session_bytes: int = 2 * 1024**3  # decoded media of a conversation
-    sessions: int = 64
-    idle_seconds: float = 3600.0  # a session that nobody has touched for so long is forgotten
-    new_tokens: int = 16_384  # of reasoning and answer
-    seconds: float = 300.0  # from sending to the last token
-    waiting: int = 16  # answers that wait for the model
-    batch: int = 4  # answers that run at a time
-    decoders: int = 2  # messages decoded and encoded at a time
-    cache_bytes: int = 1024**3  # states of conversations, and as much for features of media
-    media: MediaLimits = field(
-        default_factory=lambda: MediaLimits(
-            max_bytes=100 * 1024**2,
-            max_image_pixels=50_000_000,
-            max_video_bytes=1024**3,
-            max_video_frames=512,
-            max_video_seconds=3600.0,
-            max_audio_seconds=3600.0,
-            timeout=60.0,
-        )
-    )
 
 
 @dataclass(frozen=True)
@@ -90,11 +60,6 @@ class Settings:
     pruning_rate: float = 0.0
     sound: bool = True
     system: str = ""
-
-    @property
-    def prompt(self) -> dict:
-        """Options of `encode`."""
-        return {"video_pruning_rate": self.pruning_rate}
 
 
 def check_settings(settings: Settings, limits: DemoLimits) -> None:
@@ -209,8 +174,8 @@ class Running:
         if self.error is not None:
             if isinstance(self.error, OmniInputError):
                 raise self.error
-            if type(self.error).__name__ == "OutOfMemoryError":
-                raise OmniInputError("the model ran out of memory; send smaller media or fewer frames")
+            if is_out_of_memory(self.error):
+                raise OmniInputError(NO_MEMORY)
             raise OmniInputError("the model failed on this message; see the terminal of the demo")
         if self.first is None and not self.asked_to_stop and time.monotonic() > self.deadline:
             raise OmniInputError("the model was busy for too long; try again")
@@ -283,11 +248,6 @@ def part_bytes(part: dict) -> int:
         clip = part["video"]
         return clip.frames.nbytes + (0 if clip.audio is None else clip.audio.nbytes)
     return part["image"].nbytes if part["type"] == "image" else part["audio"][0].nbytes if "audio" in part else 0
-
-
-def media_parts(messages: list[dict]) -> list[dict]:
-    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
-    return [part for content in contents for part in content if part["type"] != "text"]
 
 
 # ------------------------------------------------------------------------------------------------------ sessions
@@ -367,7 +327,7 @@ class Session:
         Args:
             question: whether it must ask something.
         """
-        limits = self.demo.limits
+        limits, files = self.demo.limits, [self.demo.own_file(self, path) for path in files]  # all are known, and go
         check_settings(settings, limits)
         if len(text) > limits.characters:
             raise OmniInputError(f"the text has {len(text):,} characters; the limit is {limits.characters:,}")
@@ -375,22 +335,11 @@ class Session:
             raise OmniInputError(f"{len(files)} files are attached; the limit is {limits.files} a message")
         parts, opened = [], {}
         for path in files:
-            path = self.demo.own_file(self, path)
             key = (path, settings.frames, settings.sound)
-            part = self.opened.get(key)
-            if part is None:
-                sound = "auto" if settings.sound else "off"
-                try:
-                    with self.demo.decoding:
-                        part = open_media(media_kind(path), path, settings.frames, None, sound, limits.media)
-                except OmniInputError as error:  # nobody needs to know where files lie
-                    known = str(error).removeprefix(_printable(path))
-                    raise OmniInputError(os.path.basename(path)[:80] * (known != str(error)) + known) from error
-            opened[key] = part
-            held = sum(part_bytes(part) for part in [*media_parts(self.chat.messages), *opened.values()])
-            if held > limits.session_bytes:
-                limit = f"{limits.session_bytes / 2**30:.1f} GiB"
-                raise OmniInputError(f"the media of this conversation need more than {limit}; clear it, or send less")
+            part = opened[key] = opened.get(key) or self.opened.get(key) or self.open(*key)
+            if sum(map(part_bytes, opened.values())) > limits.media.max_decoded_bytes:
+                limit = f"{limits.media.max_decoded_bytes:,} bytes (MediaLimits.max_decoded_bytes)"
+                raise OmniInputError(f"the media of this message are too large when decoded; limit {limit}; send fewer")
             capped = settings.max_patches is not None and part["type"] != "audio"
             parts.append(part | ({"max_patches": settings.max_patches} if capped else {}))
         self.opened = opened
@@ -398,12 +347,22 @@ class Session:
             return checked_message(text, parts)
         return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
+    def open(self, path: str, frames: int | None, sound: bool) -> dict:
+        """A decoded file as a part of a message."""
+        media = self.demo.limits.media
+        try:
+            with self.demo.decoding:
+                return open_media(media_kind(path), path, frames, None, "auto" if sound else "off", media)
+        except OmniInputError as error:  # nobody needs to know where files lie
+            raise OmniInputError(str(error).replace(_printable(path), os.path.basename(path)[:80])) from error
+
     def count(self, text: str, files: list[str], settings: Settings) -> dict[str, int]:
         """Tokens that a message would cost: {"text", "image", "video", "audio", "total"} of its own, "prompt" with all
         that was said before, and "limit" of the prompt."""
         before = [{"role": "system", "content": settings.system}] * bool(settings.system) + self.chat.messages
         message = self.message(text, files, settings, question=False)
-        options = settings.prompt | {"enable_thinking": settings.thinking, "add_generation_prompt": True}
+        options = self.demo.options(settings)
+        options |= {"enable_thinking": settings.thinking, "add_generation_prompt": True}
         after = self.demo.processor.count_tokens([*before, message], **options)
         empty = self.demo.processor.count_tokens([*before, {"role": "user", "content": ""}], **options)
         own = {kind: after[kind] - empty[kind] for kind in after}
@@ -443,9 +402,9 @@ class Session:
                 self.last = turn.messages, settings, self.kept_tokens(turn.inputs)
         except OmniInputError as error:
             self.problem = str(error)
-        except Exception:
+        except Exception as error:
             logger.exception("a message failed")
-            self.problem = "something went wrong; see the terminal of the demo"
+            self.problem = NO_MEMORY if is_out_of_memory(error) else "something went wrong; see the demo's terminal"
         finally:
             if self.running is not None:
                 self.running.stop()
@@ -466,7 +425,7 @@ class Session:
         """`Chat.prepare` with these settings."""
         chat = self.chat
         chat.system, chat.thinking = settings.system or None, settings.thinking
-        chat.max_new_tokens, chat.prompt = settings.max_new_tokens, settings.prompt
+        chat.max_new_tokens, chat.prompt = settings.max_new_tokens, self.demo.options(settings)
         with self.demo.decoding:
             return chat.prepare(messages)
 
@@ -485,9 +444,8 @@ class Session:
             return None
         messages, settings, kept = self.last
         with self.demo.decoding:
-            inputs = encode(
-                self.demo.model, self.demo.processor, messages, settings.thinking, device="cpu", **settings.prompt
-            )
+            options = self.demo.options(settings)
+            inputs = encode(self.demo.model, self.demo.processor, messages, settings.thinking, device="cpu", **options)
         return messages, inputs, kept
 
     def retry(self, index: int, settings: Settings) -> Iterator[None]:
@@ -505,7 +463,7 @@ class Session:
         self.hold()
         try:
             number = self.exchange_of(index)
-            taken = self.exchanges[number]
+            taken, self.problem = self.exchanges[number], None
             self.exchanges, self.chat.messages = self.exchanges[:number], self.chat.messages[: 2 * number]
         finally:
             self.busy.release()
@@ -574,6 +532,10 @@ class Demo:
             top_p=float(config.top_p or 1.0) if sampled else 1.0,
             pruning_rate=self.processor.video_pruning_rate,
         )
+
+    def options(self, settings: Settings) -> dict:
+        """Options of `encode`."""
+        return {"video_pruning_rate": settings.pruning_rate, "media_limits": self.limits.media}
 
     def session(self, key: str) -> Session:
         """The session of that name, new if it is not there; others that are idle or too many go.
@@ -676,4 +638,4 @@ def count_line(counts: dict[str, int]) -> str:
     return line
 
 
-__all__ = ["Demo", "DemoLimits", "Exchange", "Running", "Session", "Settings", "count_line", "statistics_line"]
+__all__ = ["Demo", "Exchange", "Running", "Session", "Settings", "count_line", "statistics_line"]

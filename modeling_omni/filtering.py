@@ -122,22 +122,22 @@ def mismatched_rows(
 # ---------------------------------------------------------------------------------------------------- rollouts
 
 
-def rollout_records(folder: Path) -> Iterator[dict]:
-    """What `measure_pass_rates` has written, line by line; a line cut off by a kill is left out."""
+def rollout_records(folder: Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", what `measure_pass_rates` has written there); a line cut off by a kill is left out."""
     for path in sorted(folder.glob("pass_rates-*.jsonl")):
-        for line in path.read_text().splitlines():
+        for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
                 record = json.loads(line)
             except ValueError:
                 continue
             if isinstance(record, dict):
-                yield record
+                yield f"{path}:{number}", record
 
 
 def read_scores(folder: Path) -> dict[str, dict]:
     """key -> {"scores", "abstained", "completions" (where kept)} of all files."""
     found = {}
-    for record in rollout_records(folder):
+    for _, record in rollout_records(folder):
         try:
             scores = {"scores": record["scores"], "abstained": record["abstained"]}
             kept = {"completions": record["completions"]} if "completions" in record else {}

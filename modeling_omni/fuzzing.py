@@ -1,4 +1,4 @@
-"""Fuzzing: hostile and mutated media, prompts, rows and checkpoints through library, batch and server.
+"""Fuzzing: hostile and mutated media, prompts, rows and checkpoints through library, batch, server, demo and training.
 
     python -m modeling_omni.fuzzing --minutes 3 --seed 0
 
@@ -23,6 +23,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -38,10 +39,11 @@ from .fuzzing_corpus import (
     picture,
     sound,
 )
-from .limits import MediaLimits, OmniInputError, ServerLimits, server_media_limits
+from .limits import DemoLimits, MediaLimits, OmniInputError, ServerLimits, server_media_limits
 
-PATHS = ("media", "prompt", "batch", "server", "checkpoint")
-SHARES = (0.72, 0.12, 0.06, 0.08, 0.02)  # of the cases
+PATHS = ("media", "prompt", "batch", "server", "checkpoint", "demo", "training")
+SHARES = (0.58, 0.12, 0.06, 0.08, 0.02, 0.08, 0.06)  # of the cases
+ENDINGS = {"image": ".png", "audio": ".wav", "video": ".mp4"}
 KINDS = ("image", "audio", "video")
 
 
@@ -60,6 +62,7 @@ class World:
         self.folder = folder
         self.limits = server_media_limits()
         self.limits.timeout = self.limits.total_timeout = 10.0
+        self.limits_of_files = replace(self.limits, allow_paths=True)
         self.media = [
             (kind, name, data) for kind in KINDS for name, (data, _) in MEDIA[kind]().items() if len(data) < 200_000
         ]
@@ -67,7 +70,13 @@ class World:
         self.parts = [part for kind in KINDS for part in hostile_parts(kind)]
         (folder / "whole.png").write_bytes(picture())
         (folder / "sound.wav").write_bytes(sound())
-        self.port = None
+        self.port = self.demo = None
+        if "demo" in paths:
+            from .demo import Demo
+
+            (folder / "uploads").mkdir()
+            limits = DemoLimits(media=self.limits_of_files)
+            self.demo = Demo(self.model, self.processor, uploads=str(folder / "uploads"), limits=limits)
         if "server" in paths:
             limits = ServerLimits(max_new_tokens=4, max_body_bytes=4 * 1024**2, media=self.limits)
             self.server = Server(self.model, self.processor, "nano", limits)
@@ -84,6 +93,8 @@ class World:
             self.uvicorn.should_exit = self.uvicorn.force_exit = True
             self.thread.join(30)
             self.server.close()
+        if self.demo is not None:
+            self.demo.close()
 
 
 def draw(seed: int, number: int, paths: tuple[str, ...]) -> tuple[np.random.Generator, str]:
@@ -242,9 +253,52 @@ def checkpoint_case(world: World, rng: np.random.Generator) -> None:
     raise Finding(f"{name} was loaded")
 
 
+def demo_case(world: World, rng: np.random.Generator) -> None:
+    """A message with uploaded files: an answer, or a problem that says neither nothing nor where the files lie."""
+    files, text = [], ("?", "Copy: a", "")[int(rng.integers(3))]
+    (world.demo.uploads / "0").mkdir(parents=True)
+    for number in range(int(rng.integers(1, 4))):
+        kind, _, data = medium(world, rng)
+        files.append(world.demo.uploads / "0" / f"{number}{ENDINGS[kind]}")
+        files[-1].write_bytes(data)
+    settings = replace(
+        world.demo.defaults, max_new_tokens=2, frames=(None, 4)[int(rng.integers(2))],
+        max_patches=(None, 16)[int(rng.integers(2))], pruning_rate=(0.0, 0.5)[int(rng.integers(2))],
+    )  # fmt: skip
+    session = world.demo.session("fuzz")
+    for _ in session.ask(text, [str(file) for file in files], settings):
+        pass
+    problem, answered = session.problem, session.last is not None
+    session.clear()
+    if problem is None and not answered:
+        raise Finding("no answer and no problem")
+    if (world.demo.uploads / "0").exists():
+        raise Finding("files are left behind")
+    if problem is not None and ("terminal" in problem or str(world.folder) in problem):
+        raise Finding(f"the demo says {problem}")
+    if problem is not None:
+        raise OmniInputError(problem)
+
+
+def training_case(world: World, rng: np.random.Generator) -> None:
+    """A row of training data with its files: encoded, or left out."""
+    from .data import Source, encode_row
+
+    kind, _, data = medium(world, rng)
+    (world.folder / "media").write_bytes(data)
+    question = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": "?"}]}
+    row = {"messages": [question, {"role": "assistant", "content": "a"}], f"{kind}s": ["media"]}
+    if rng.random() < 0.3:
+        row = world.rows[int(rng.integers(len(world.rows)))]
+    (world.folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    source = Source({"path": str(world.folder / "train.jsonl")})
+    sample = encode_row(source[0], world.processor, row_tokens=2000, media_limits=world.limits_of_files, num_frames=4)
+    check_inputs(world.processor, sample)
+
+
 CASES = {
     "media": media_case, "prompt": prompt_case, "batch": batch_case, "server": server_case,
-    "checkpoint": checkpoint_case,
+    "checkpoint": checkpoint_case, "demo": demo_case, "training": training_case,
 }  # fmt: skip
 
 

@@ -1,11 +1,11 @@
 """Every limit on what comes from outside, with its default and how to set it; and the one exception type for input.
 
 `MediaLimits` bounds one conversation wherever it is read: library, command line, server, demo and training;
-`ServerLimits` bounds a server, and has stricter `MediaLimits` of its own. What is over a limit is refused with an
-`OmniInputError` that names the item, the limit and its field here. Three ways to set one:
+`ServerLimits` and `DemoLimits` bound `infer.py serve` and `app.py`, with stricter `MediaLimits` of their own. What is
+over a limit is refused with an `OmniInputError` that names the item, the limit and its field here. Ways to set one:
 
-- in Python: `media_limits=MediaLimits(timeout=60)` of the processor's calls, `limits=` of the loaders and `Server`;
-- on the command line: `--limit timeout=60 --limit max_image_pixels=2e7` of ask, chat, batch, serve and eval;
+- in Python: `media_limits=MediaLimits(timeout=60)` of the processor's calls, `limits=` of loaders, `Server` and `Demo`;
+- on the command line: `--limit timeout=60 --limit max_image_pixels=2e7` of ask, chat, batch, serve, eval and app.py;
 - for every process, training too: OMNI_LIMITS="timeout=60 max_image_side=4096" in the environment.
 
 `MAX_NESTING` is fixed. Limits that are part of a meaning stand with it: tokens of a prompt (`degrade.prompt_limit`),
@@ -15,7 +15,7 @@ of a training row (`row_tokens`), stop strings and tools of a request (`openai_r
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
 VARIABLE = "OMNI_LIMITS"
@@ -82,6 +82,25 @@ class ServerLimits:
     media: MediaLimits = field(default_factory=lambda: server_media_limits())
 
 
+@dataclass
+class DemoLimits:
+    """What the demo takes on, with the defaults; the size of a file is `media.max_bytes`."""
+
+    disk_bytes: int = 4 * 1024**3  # of the files of all sessions
+    files: int = 8  # of a message
+    characters: int = 20_000  # of a message
+    turns: int = 50  # of a conversation
+    sessions: int = 64
+    idle_seconds: float = 3600.0  # a session that nobody has touched for so long is forgotten
+    new_tokens: int = 16_384  # of reasoning and answer
+    seconds: float = 300.0  # from sending to the last token
+    waiting: int = 16  # answers that wait for the model
+    batch: int = 4  # answers that run at a time
+    decoders: int = 2  # messages decoded and encoded at a time
+    cache_bytes: int = 1024**3  # states of conversations, and as much for features of media
+    media: MediaLimits = field(default_factory=lambda: replace(server_media_limits(), allow_paths=True))  # of uploads
+
+
 def server_media_limits() -> MediaLimits:
     """Of foreign requests: stricter than `MediaLimits()`, and no files."""
     return with_limits(
@@ -142,4 +161,13 @@ def with_limits(limits: MediaLimits, settings: list[str]) -> MediaLimits:
     return limits
 
 
-__all__ = ["MediaLimits", "OmniInputError", "ServerLimits", "default_limits", "is_out_of_memory", "with_limits"]
+__all__ = [
+    "DemoLimits",
+    "MediaLimits",
+    "OmniInputError",
+    "ServerLimits",
+    "default_limits",
+    "is_out_of_memory",
+    "server_media_limits",
+    "with_limits",
+]

@@ -383,8 +383,11 @@ def load_adapter(model: OmniForConditionalGeneration, folder: str | Path, traina
     from safetensors import safe_open
 
     read_adapter_config(folder)
-    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-        stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    try:
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            stored = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
+    except SafetensorError as error:
+        raise OmniInputError(f"adapter {folder}: adapter_model.safetensors cannot be read ({error})") from error
     misfit = f"adapter {folder} does not fit the base {model.name_or_path or 'given'}"
     try:
         with warnings.catch_warnings():

@@ -18,7 +18,7 @@ import soxr
 
 from .limits import MediaLimits, default_limits
 from .media_headers import check_mp4
-from .media_source import Deadline, decoding, is_tensor, open_source, refuse, to_numpy
+from .media_source import Deadline, decoding, is_tensor, open_source, refuse, to_numpy, words_of
 
 # Demuxers that never open other files or addresses themselves (no hls, dash, concat, image2, sdp ...).
 AV_FORMATS = "mov,matroska,webm,avi,gif,flv,mpegts,mpeg,asf,ogg,wav,w64,mp3,flac,aac,aiff,caf,amr,au"
@@ -165,7 +165,7 @@ def _decode_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits)
         sound = soundfile.SoundFile(file)
     except Exception as error:
         file.seek(0)
-        _decode_av_sound(file, mono, name, limits, str(error))
+        _decode_av_sound(file, mono, name, limits, words_of(error, 80))
         return
     # libsndfile guesses the length of an MP3 from its first bit rate and stops there (variable rates lose half their
     # sound), and it takes a WAV of unknown length (recorded through a pipe) for an empty one. FFmpeg does neither.
@@ -201,7 +201,7 @@ def _decode_av_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimi
     try:
         container = open_av(file, limits)
     except Exception as error:
-        problem = f"is not audio that can be read (soundfile: {reason[:80]}; FFmpeg: {str(error)[:80]})"
+        problem = f"is not audio that can be read (soundfile: {reason}; FFmpeg: {words_of(error, 80)})"
         raise refuse(name, problem, do="give wav, flac, mp3, ogg, m4a, aac or webm") from error
     with container:
         if not container.streams.audio:

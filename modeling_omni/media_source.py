@@ -32,6 +32,12 @@ def refuse(
     return OmniInputError("; ".join(part for part in (f"{name}: {problem}", limit and f"limit {limit}", do) if part))
 
 
+def words_of(error: Exception, length: int = 200) -> str:
+    """What a library says, without the paths that FFmpeg and libsndfile repeat (a server must not tell them)."""
+    said = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+    return " ".join(str(said).split())[:length] or type(error).__name__
+
+
 @contextlib.contextmanager
 def decoding(name: str, kind: str):
     """Re-raise whatever a codec library throws as OmniInputError (hostile files reach every type there is)."""
@@ -40,8 +46,7 @@ def decoding(name: str, kind: str):
     except OmniInputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        problem = f"cannot be decoded as {kind} ({type(error).__name__}: {reason})"
+        problem = f"cannot be decoded as {kind} ({type(error).__name__}: {words_of(error)})"
         raise refuse(name, problem, do=f"check that it is whole and really {kind}") from error
 
 

@@ -55,7 +55,7 @@ class Site:
         self.lines.put("")
 
     def address(self) -> str:
-        while line := self.lines.get(timeout=300):
+        while line := self.lines.get(timeout=5 * PATIENCE / 1000):
             if line.startswith("listening on "):
                 return line.split()[2].rstrip(",").rstrip("/")
         raise AssertionError("".join(self.log)[-3000:])
@@ -67,7 +67,7 @@ class Site:
     def close(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(60)
+            self.process.wait(PATIENCE / 1000)
         finally:
             self.process.kill()
 
@@ -166,9 +166,80 @@ def until(true, seconds: float = 120.0) -> None:
 UNNAMED = """() => [...document.querySelectorAll('button, input, textarea, [role=slider], a[href], img')]
   .filter(e => e.checkVisibility() && !e.closest('[aria-hidden=true]'))
   .filter(e => !(e.getAttribute('aria-label') || e.title || e.alt || e.placeholder || e.innerText
+    || e.querySelector('[aria-label], img[alt]:not([alt=""])')
     || (e.labels && [...e.labels].some(l => l.innerText.trim()))))
   .filter(e => !(e.tagName == 'IMG' && e.hasAttribute('alt')))
   .map(e => e.outerHTML.slice(0, 200))"""
+
+
+SMALL = """() => [...document.querySelectorAll('button, input[type=number], label:has(input[type=checkbox])')]
+  .filter(e => e.checkVisibility() && !e.closest('[aria-hidden=true]'))
+  .map(e => [e.getBoundingClientRect(), e.getAttribute('aria-label') || e.innerText || e.outerHTML.slice(0, 99)])
+  .filter(([r, _]) => Math.min(r.width, r.height) < 23.5).map(([r, name]) => `${name} ${r.width} x ${r.height}`)"""
+PALE = """() => {
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const light = rgb => rgb.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const ground = e => {
+    for (; e; e = e.parentElement) {
+      const found = numbers(getComputedStyle(e).backgroundColor);
+      if (found.length < 4 || found[3] > .9) return found;
+    }
+    return [255, 255, 255];
+  };
+  return [...document.querySelectorAll('span, p, label, button, td, th, h1, h3, textarea')]
+    .filter(e => e.checkVisibility() && !e.closest('[aria-hidden=true]'))
+    .filter(e => [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()))
+    .map(e => [light(numbers(getComputedStyle(e).color)), light(ground(e)), e.innerText.slice(0, 60)])
+    .filter(([a, b, _]) => (Math.max(a, b) + .05) / (Math.min(a, b) + .05) < 4.5)
+    .map(([a, b, text]) => `${text}: ${((Math.max(a, b) + .05) / (Math.min(a, b) + .05)).toFixed(2)}`);
+}"""
+FOCUSED = """() => {
+  const e = document.activeElement, box = e.tagName == 'TEXTAREA' ? e.closest('.block') : e;
+  return [e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.placeholder || e.innerText,
+    getComputedStyle(box).outlineStyle];
+}"""
+
+
+def test_keys_names_sizes_and_contrast(site, browser):
+    """All of the page in an order that makes sense, with the focus in view; big enough for fingers, dark enough to
+    read, at the width of a desktop and of a phone, in light and in dark."""
+    user = User(browser, site.url, 390, 844)
+    page, faults = user.page, []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        page.reload()
+        for name in ("Compare", "What the model saw", "About", "Chat"):
+            user.tab(name)  # all four are in view, none behind a menu
+            page.wait_for_timeout(300)
+            faults += [(scheme, name, fault) for what in (UNNAMED, SMALL, PALE) for fault in page.evaluate(what)]
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert faults == []
+    user.context.close()
+    user = User(browser, site.url)
+    page, order = user.page, []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate(FOCUSED)
+        order.append(name.split("\n")[0].strip())
+        assert outline == "solid", name
+        if order[-1] == "Think before the answer":
+            page.keyboard.press("Space")
+        if order[-1] == "range slider for New tokens at most":
+            page.keyboard.press("ArrowRight")
+        if order[-1] == "Sampling":
+            page.keyboard.press("Enter")
+            page.get_by_label("Temperature").first.wait_for()
+        if order[-1] == "System prompt":
+            break
+    wanted = ["Chat", "About", "Select example 1: Where is the red circle?", "Upload a file", "Ask, attach, or record"]
+    wanted += ["Record audio", "Submit", "Think before the answer", "number input for Frames of a video", "Sampling"]
+    wanted += ["range slider for Temperature", "Seed", "System prompt"]
+    assert [name for name in order if name in wanted] == wanted
+    expect(page.get_by_label("Think before the answer", exact=True)).to_be_checked()
+    tokens = page.get_by_role("spinbutton", name="number input for New tokens at most", exact=True)
+    expect(tokens).to_have_value("257")
+    user.leave()
 
 
 def test_a_picture_by_keyboard_alone_and_what_the_model_saw(site, browser):
@@ -195,6 +266,10 @@ def test_a_picture_by_keyboard_alone_and_what_the_model_saw(site, browser):
     expect(seen).to_be_visible()
     expect(page.get_by_text("96 x 96: 6 x 6 patches, 3 x 3 = 9 tokens")).to_be_visible()
     assert seen.evaluate("image => image.naturalWidth") >= 256
+    user.tab("Chat")  # and now there is a conversation
+    expect(user.chat.get_by_role("img", name="shapes.png")).to_be_visible()
+    page.wait_for_timeout(300)
+    assert [fault for what in (UNNAMED, SMALL, PALE) for fault in page.evaluate(what)] == []
     user.leave()
 
 
@@ -250,7 +325,7 @@ def test_edit_retry_undo_and_clear(site, browser):
 
 def test_a_video_with_sound_and_the_tokens_that_evs_kept(site, browser):
     user = User(browser, site.url)
-    user.page.get_by_role("button", name="Select example 6").click()
+    user.page.get_by_role("button", name="Select example 5").click()
     expect(user.box).to_have_value("What colour moves and what word is said?")
     expect(user.panel.get_by_text("18 video + 25 audio")).to_be_visible()
     user.box.press("Enter")
@@ -294,7 +369,8 @@ def test_files_that_are_broken_or_too_large(site, browser, tmp_path):
     user.attach(tmp_path / "broken.mp4")
     expect(user.panel.get_by_role("alert").filter(has_text="broken.mp4: ")).to_be_visible()
     user.send("What moves where?")
-    expect(user.panel.get_by_role("alert")).to_have_count(2)
+    expect(user.panel.locator(".problem")).to_have_count(1)  # said once, without the folder in which it lies
+    expect(user.panel.get_by_role("alert")).not_to_contain_text("omni-demo")
     expect(user.box).to_have_value("What moves where?")  # it is given back
     expect(user.answers).to_have_count(0)
     user.page.get_by_role("button", name="Remove file").click()
@@ -349,6 +425,21 @@ def test_two_settings_side_by_side_and_the_limits(site, browser):
     expect(b.locator("[data-testid=bot]").last).to_have_text("85")
     expect(b.get_by_role("button", name=re.compile("Thinking"))).to_have_count(1)
     expect(a.get_by_role("button", name=re.compile("Thinking"))).to_have_count(0)
+    user.panel.locator("input[type=file]").first.set_input_files(str(MEDIA / "shapes.png"))
+    question.fill(RED)
+    expect(user.panel.get_by_text("9 image")).to_be_visible()
+    user.number("New tokens at most A", 1)
+    user.page.get_by_label("Think before the answer B").uncheck()
+    question.press("Enter")
+    expect(b.locator("[data-testid=bot]").last).to_have_text("top right")
+    expect(user.panel.get_by_role("status").filter(has_text="cut off at the limit of new tokens")).to_have_count(1)
+    expect(user.panel.get_by_role("status").filter(has_text="prompt 31")).to_have_count(2)  # what was said is not in it
+    question.fill("")
+    user.panel.get_by_role("button", name="Remove file").click()
+    user.panel.get_by_role("button", name="Submit").click()
+    expect(user.panel.get_by_role("alert").filter(has_text="there is no question")).to_be_visible()
+    user.tab("Chat")
+    expect(user.answers).to_have_count(0)  # the conversation is another
     user.tab("About")
     expect(user.panel.get_by_text("There is no safety filter here.")).to_be_visible()
     expect(user.panel.get_by_text("8,192 tokens")).to_be_visible()

@@ -12,12 +12,14 @@ import torch
 import app
 from modeling_omni import OmniInputError
 from modeling_omni.conversation import ConversationCache, media_of
-from modeling_omni.demo import EXAMPLES, Demo, DemoLimits, Session, Settings, count_line, media_kind
+from modeling_omni.demo import EXAMPLES, Demo, Session, Settings, count_line, media_kind
 from modeling_omni.demo_guard import MAX_BODY_BYTES, Guard
 from modeling_omni.demo_views import draw_grid, draw_mel, seen_html, unpatchify
 from modeling_omni.generation_rows import Row, generate_rows
 from modeling_omni.image_processing_omni import resize_frames
 from modeling_omni.inference import encode, load, open_media, stream_answer, user_message
+from modeling_omni.limits import VARIABLE, DemoLimits, server_media_limits
+from modeling_omni.lora import add_lora, save_adapter
 
 RED = "Where is the red circle?"
 LONG = "Copy: " + "abc def ghi jkl " * 40  # nano thinks about this until it is cut off
@@ -206,7 +208,8 @@ def test_sessions_know_nothing_of_each_other_and_leave_nothing(demo):
 
 
 def test_limits_of_people_turns_and_media(nano, tmp_path):
-    limits = DemoLimits(sessions=2, turns=1, session_bytes=30_000, waiting=1, idle_seconds=1e6)
+    limits = DemoLimits(sessions=2, turns=1, waiting=1, idle_seconds=1e6)
+    limits.media.max_decoded_bytes = 30_000
     demo = Demo(*nano, uploads=str(tmp_path), limits=limits)
     try:
         a = demo.session("a")
@@ -224,13 +227,38 @@ def test_limits_of_people_turns_and_media(nano, tmp_path):
         a.clear()
         for _ in a.ask(RED, [str(EXAMPLES / "shapes.png"), str(EXAMPLES / "motion.mp4")], demo.defaults):
             pass
-        assert "the media of this conversation need more than" in a.problem
+        assert "(MediaLimits.max_decoded_bytes)" in a.problem and "send fewer" in a.problem
+        limits.media.max_decoded_bytes = 40_000  # more than one picture has, and less than two
+        limits.turns = 2
+        ask(a, RED, [str(EXAMPLES / "shapes.png")])
+        for _ in a.ask(RED, [str(EXAMPLES / "word.png")], demo.defaults):
+            pass
+        assert "of a conversation" in a.problem and "(MediaLimits.max_decoded_bytes)" in a.problem
         demo.sessions["c"].busy.release()
         limits.idle_seconds = 0.0
         demo.session("a")
         assert set(demo.sessions) == {"a"}
     finally:
         demo.close()
+
+
+def test_limits_of_the_environment_and_of_the_command_line(nano, tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "timeout=7 max_image_side=60 allow_paths=false")
+    options = app.build_parser().parse_args(
+        ["--limit", "max_image_side=90", "--max-file-mb", "3", "--max-waiting", "2"]
+    )
+    limits = app.given_limits(options)
+    expected = replace(server_media_limits(), max_image_side=90, max_bytes=3 * 2**20, allow_paths=True)
+    assert limits.media == expected and expected.timeout == 7 and limits.waiting == 2
+    demo = Demo(*nano, uploads=str(tmp_path), limits=limits)
+    try:
+        with pytest.raises(OmniInputError, match=r"^shapes.png: .*MediaLimits.max_image_side"):
+            demo.session("a").count(RED, [upload(demo, "shapes.png")], demo.defaults)
+    finally:
+        demo.close()
+    options.limit = ["no_such=1"]
+    with pytest.raises(OmniInputError, match="known: max_bytes"):
+        app.given_limits(options)
 
 
 def test_time_of_an_answer_is_limited_and_waiting_too(nano, tmp_path):
@@ -312,6 +340,37 @@ def test_kinds_of_files_and_settings_of_the_page():
         media_kind("notes.txt")
     values = [True, 64, 128, 0, 0, 0.5, False, 0.6, 0.95, None, "Be brief."]
     assert app.settings_of(values) == Settings(True, 64, 128, 0.6, 0.95, 0, None, None, 0.5, False, "Be brief.")
+
+
+def test_an_adapter_of_our_own_answers_and_a_broken_one_is_refused(tmp_path, nano, capsys):
+    """Trained on one sentence, saved, and loaded as `--adapter` does."""
+    model, processor = load("nano")
+    adapted = add_lora(model, {"presets": ["attention_mamba", "routed_experts"], "r": 4, "alpha": 16}).train()
+    row = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "it works"}]
+    inputs = processor.apply_chat_template(
+        row, tokenize=True, return_tensors="pt", return_labels=True, enable_thinking=False
+    )
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(40):
+        loss = adapted(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.02:
+            break
+    save_adapter(adapted, tmp_path / "said")
+    loaded = app.load_model(app.build_parser().parse_args(["--adapter", f"{tmp_path}/said/"]))
+    for (model, processor, name), expected in ((loaded, True), ((*nano, "nano"), False)):
+        demo = Demo(model, processor, name)
+        try:
+            assert (ask(demo.session("a"), "Say it.", thinking=False) == "it works") == expected
+            assert ("<b>nano + said</b>" in app.head(demo)) == expected
+        finally:
+            demo.close()
+    weights = tmp_path / "said" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert app.main(["--adapter", str(tmp_path / "said"), "--port", "0"]) == 2
+    assert "adapter_model.safetensors cannot be read" in capsys.readouterr().err
 
 
 def test_exposed_hosts_need_a_password(capsys, monkeypatch):

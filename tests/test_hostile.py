@@ -5,6 +5,7 @@ import io
 import json
 import resource
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -69,6 +70,21 @@ def test_every_item_of_the_corpus(kind):
             assert ";" in str(error) and "\n" not in str(error) and len(str(error)) < 600, (name, error)
         assert wanted in (EITHER, got), name
     assert peak() - before < 400 * 1024**2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", MEDIA)
+def test_errors_tell_a_path_once(kind, tmp_path):
+    """In front, where a server or the demo can put a name in its place; libraries repeat it."""
+    refused = 0
+    for name, (data, wanted) in MEDIA[kind]().items():
+        if wanted == "refused" and len(data) < 50_000:
+            (tmp_path / "file").write_bytes(data)
+            with pytest.raises(OmniInputError) as error:
+                LOAD[kind](tmp_path / "file", limits=replace(server_media_limits(), allow_paths=True))
+            assert str(error.value).rfind(str(tmp_path)[:20]) == 0, name
+            refused += 1
+    assert refused > 10
 
 
 def test_files_with_the_wrong_ending(tmp_path):
@@ -321,15 +337,18 @@ def test_packing_conserves_tokens(sizes, row_tokens, media_tokens, num_rows):
 # ------------------------------------------------------------------------------------------------------ fuzzing
 
 
+STRETCH = ("media", "prompt", "batch", "demo", "training")
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return FuzzWorld(tmp_path_factory.mktemp("fuzz"), ("media", "prompt", "batch"))
+    return FuzzWorld(tmp_path_factory.mktemp("fuzz"), STRETCH)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_stretch_of_fuzzing_finds_nothing(world):
-    paths = ("media", "prompt", "batch")
-    found = [(number, run_case(world, 1, number, paths)) for number in range(40)]
+    paths = STRETCH
+    found = [(number, run_case(world, 1, number, paths)) for number in range(60)]
     assert [case for case in found if case[1][2] is not None] == []
     assert {outcome for _, (_, outcome, _) in found} == {"read", "refused"}
     assert [draw(1, 7, paths)[1] for _ in range(3)] == [draw(1, 7, paths)[1]] * 3 and set(PATHS) > set(paths)

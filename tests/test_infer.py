@@ -657,3 +657,9 @@ def test_sampled_answers_are_compared_by_prompt(tmp_path, capsys):
     assert infer.main(["compare", "--rollouts", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert f"**{100 * changes.mean():+.1f}**" in capsys.readouterr().out
     assert infer.main(["compare", "--rollouts", str(tmp_path / "a"), str(tmp_path)]) != 0  # no rollouts there
+    for place, row, wanted in ((1, {"scores": [1.0]}, "no 'id'"), (2, {"id": "a", "scores": []}, "'scores' must be")):
+        with (tmp_path / "b" / "pass_rates-1.jsonl").open("w") as file:
+            file.write('{"id": "x", "scores": [1]}\n' * (place - 1) + json.dumps(row) + "\n")
+        assert infer.main(["compare", "--rollouts", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+        said = capsys.readouterr().err
+        assert f"pass_rates-1.jsonl:{place}: " in said and wanted in said and "train.py filter" in said

@@ -35,9 +35,12 @@ from transformers.models.nemotron_h_omni.video_processing_nemotron_h_omni import
 from transformers.video_utils import VideoMetadata
 
 from modeling_omni.configuration_omni import MODEL_TYPE, OmniConfig
+from modeling_omni.data import cost_of, encode_row
 from modeling_omni.evs import kept_tokens
+from modeling_omni.fuzzing import check_inputs
 from modeling_omni.image_processing_omni import OmniImageProcessor, fit_media_budget, image_grid, resize_frames
 from modeling_omni.media import OmniInputError, VideoClip
+from modeling_omni.packing import collate_rows, pack_rows
 from modeling_omni.processing_omni import OmniProcessor, register_auto_processors
 from modeling_omni.video_processing_omni import (
     OmniVideoProcessor,
@@ -385,6 +388,38 @@ def test_placeholders_equal_features(conversations, rate, order, budget, side):
         assert budget is None or count["image"] + count["video"] + count["audio"] <= budget
     if not any(part[0] != "text" for parts in conversations for part in parts):
         assert set(output) == {"input_ids", "attention_mask", "labels"}
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(st.lists(part_strategy, max_size=4), min_size=1, max_size=5),
+    st.sampled_from([0.0, 0.5]),
+    st.integers(1, 3),
+)
+def test_packing_conserves_tokens_and_features_of_all_kinds(conversations, rate, per_row):
+    """Packed rows hold every token, label, kind and feature of their samples, in order, and nothing else."""
+    answer = {"role": "assistant", "content": "yes"}
+    rows = [{"messages": [*user(*(build_part(*part) for part in parts)), answer]} for parts in conversations]
+    samples = [encode_row(row, SMALL, video_pruning_rate=rate) for row in rows]
+    longest = max(sample["input_ids"].shape[1] for sample in samples)
+    dealt, left = pack_rows([cost_of(sample) for sample in samples], per_row * longest)
+    batch = collate_rows([[samples[i] for i in row] for row in dealt])
+    ordered = [samples[i] for row in dealt for i in row]
+    assert not left and sorted(i for row in dealt for i in row) == list(range(len(rows)))
+    real = batch["attention_mask"].bool()
+    assert torch.equal(batch["input_ids"][real], torch.cat([sample["input_ids"][0] for sample in ordered]))
+    kinds = [sample.get("mm_token_type_ids", torch.zeros_like(sample["input_ids"]))[0] for sample in ordered]
+    assert torch.equal(batch["mm_token_type_ids"][real], torch.cat(kinds))
+    trained = [sample["input_ids"][0, 1:][sample["labels"][0, 1:] != -100] for sample in ordered]
+    assert torch.equal(batch["labels"][batch["labels"] != -100], torch.cat(trained))
+    assert not batch["mm_token_type_ids"][~real].any() and (batch["labels"][~real] == -100).all()
+    check_inputs(SMALL, batch)  # placeholders of each kind are as many as the features
+    for name in ("pixel_values", "pixel_values_videos", "video_keep_tokens", "audio_clip_counts"):
+        parts = [sample[name] for sample in ordered if name in sample]
+        assert (name in batch) == bool(parts) and (not parts or torch.equal(batch[name], torch.cat(parts)))
+    sounds = [s["input_features"][s["input_features_mask"]] for s in ordered if "input_features" in s]
+    if sounds:
+        assert torch.equal(batch["input_features"][batch["input_features_mask"]], torch.cat(sounds))
 
 
 def test_batch_equals_single_samples():
