@@ -205,8 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--tables", nargs="+", metavar="TABLE", choices=tables, default=tables,
                        help="of --suite tables (default: modes 11 12 13)")  # fmt: skip
     group.add_argument("--formats", nargs="+", metavar="FORMAT", default=["bf16", "fp8", "nvfp4"], help="of --suite "
-                       "quantization: bf16, fp8, nvfp4, nvfp4_all, folders of packed checkpoints (default: the first "
-                       "three); --data are its calibration rows")  # fmt: skip
+                       "quantization: bf16, formats of export, folders of packed checkpoints (default: bf16 fp8 "
+                       "nvfp4); --data are its calibration rows")  # fmt: skip
     group.add_argument("--budgets", nargs="+", type=int, metavar="N", help="of Table 11 (default: from 13/16 of "
                        "--max-new-tokens down to 0)")  # fmt: skip
     group.add_argument("--table-frames", nargs="+", type=positive, metavar="N", help="frames of Tables 12 and 13 "
@@ -258,8 +258,9 @@ def build_parser() -> argparse.ArgumentParser:
         "calibrated on a few rows, or a packed one back in bfloat16 (--format bf16, no calibration). Weights are read "
         "and written shard by shard. Sizes go to stdout as JSON.",
     )  # fmt: skip
-    export.add_argument("--format", required=True, choices=("fp8", "nvfp4", "nvfp4_all", "bf16"), help="fp8, nvfp4: "
-                        "the paper's recipes; nvfp4_all: all linear layers of the language model in NVFP4")  # fmt: skip
+    export.add_argument("--format", required=True, choices=("fp8", "nvfp4", "nvfp4_all", "nvfp4_coarse", "bf16"),
+                        help="fp8, nvfp4: the paper's recipes; nvfp4_all: all linear layers of the language model in "
+                        "NVFP4; nvfp4_coarse: the same with 5 of its 15 values, for experiments")  # fmt: skip
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
     export.add_argument("--data", nargs="+", metavar="SOURCE", help="calibration rows as for training: JSONL files, "
                         "nano:<skill> ... (default for nano: its skills)")  # fmt: skip

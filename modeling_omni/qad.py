@@ -30,6 +30,7 @@ from .media import OmniInputError
 from .modeling_language import LOSS_CHUNK, Experts
 from .modeling_omni import OmniForConditionalGeneration
 from .quantization import (
+    CODES,
     GROUP,
     NVFP4,
     RECIPES,
@@ -66,14 +67,14 @@ class FakeQuantizedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.input_scale is not None:
             x = fake_quantize_input(x, self.kind, self.input_scale)
-        return F.linear(x, fake_quantize(self.weight, self.kind).to(x.dtype), self.bias)
+        return F.linear(x, fake_quantize(self.weight, self.kind, self.codes).to(x.dtype), self.bias)
 
 
 class FakeQuantizedExperts(Experts):
     """Routed experts that compute as their packed form will."""
 
     def forward(self, hidden_TD: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        weights = {part: fake_quantize(getattr(self, part), self.kind) for part in ("up_proj", "down_proj")}
+        weights = {part: fake_quantize(getattr(self, part), self.kind, self.codes) for part in ("up_proj", "down_proj")}
 
         def product(part, rows, expert):
             scale = getattr(self, f"{part}_input_scale")
@@ -111,7 +112,7 @@ def fake_quantize_model(model: nn.Module, recipe: str, amax: dict[str, torch.Ten
         if kind == NVFP4 and any(width % GROUP for width in widths):
             raise OmniInputError(f"{name}: NVFP4 needs multiples of {GROUP} columns, it has {sorted(widths)}")
         module.__class__ = FakeQuantizedExperts if stacked else FakeQuantizedLinear  # the same parameters
-        module.kind = kind
+        module.kind, module.codes = kind, CODES.get(recipe)
         for part in parts:
             scale = "input_scale" if part == "weight" else f"{part}_input_scale"
             module.register_buffer(scale, scales.get(part), persistent=False)

@@ -43,6 +43,9 @@ RECIPES = {
     # no released recipe: every linear layer in 4 bits, as for dense models
     "nvfp4_all": ((_LAYER + r"(.*\.)?([qkvo]_proj|in_proj|out_proj|up_proj|down_proj|fc[12]_latent_proj)$", NVFP4),),
 }
+# the same, of weights only the values 0, 2, 6 and their negatives: this costs nano points, for `train.py qad`
+RECIPES["nvfp4_coarse"] = RECIPES["nvfp4_all"]
+CODES = {"nvfp4_coarse": (0.0, 2.0, 6.0)}
 
 
 def format_of(module: str, recipe: str) -> str | None:
@@ -53,16 +56,22 @@ def format_of(module: str, recipe: str) -> str | None:
 # ---- formats
 
 
-def round_e2m1(values: torch.Tensor) -> torch.Tensor:
-    """The nearest of the e2m1 values, ties to the even code; beyond 6 is 6. float32 of any shape."""
+def round_e2m1(values: torch.Tensor, codes: tuple[float, ...] | None = None) -> torch.Tensor:
+    """The nearest of the e2m1 values, ties to the even code; beyond 6 is 6. float32 of any shape.
+
+    codes: the magnitudes that are used, ascending; None: all.
+    """
     size = values.abs().clamp(max=E2M1_MAX)
+    if codes is not None:
+        used = torch.tensor(codes, device=values.device)
+        return torch.copysign(used[torch.bucketize(size, (used[1:] + used[:-1]) / 2)], values)
     step = torch.where(size <= 2, 0.5, torch.where(size <= 4, 1.0, 2.0))  # a tie goes to an even multiple of it
     return torch.copysign((size / step).round() * step, values)
 
 
-def pack_e2m1(values: torch.Tensor) -> torch.Tensor:
+def pack_e2m1(values: torch.Tensor, codes: tuple[float, ...] | None = None) -> torch.Tensor:
     """Nearest e2m1 codes (see `round_e2m1`) of float32 values [..., N], two a byte: uint8 [..., N / 2]."""
-    size = round_e2m1(values).abs()
+    size = round_e2m1(values, codes).abs()
     code = torch.where(size <= 2, 2 * size, torch.where(size <= 4, size + 2, size / 2 + 4)).to(torch.uint8)
     code = code | (values < 0).to(torch.uint8) << 3
     return code[..., ::2] | code[..., 1::2] << 4
@@ -95,8 +104,10 @@ def block_scales(values: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
     return torch.where(scales > 0, scales, 1.0).clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def quantize(weight: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+def quantize(weight: torch.Tensor, kind: str, codes: tuple[float, ...] | None = None) -> dict[str, torch.Tensor]:
     """A weight [..., O, N] (leading dimensions: one weight each) -> its tensors by their names in a checkpoint.
+
+    codes: of `round_e2m1`.
 
     Raises:
         ValueError: NVFP4 and N is not a multiple of 16.
@@ -110,7 +121,7 @@ def quantize(weight: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"NVFP4 takes columns in groups of {GROUP}; a weight has {weight.shape[-1]}")
     blocks = block_scales(weight, outer)
     scaled = weight.float().unflatten(-1, (-1, GROUP)) / (blocks.float() * outer)[..., None]
-    return {"weight": pack_e2m1(scaled.flatten(-2)), "weight_scale": blocks, "weight_scale_2": scale}
+    return {"weight": pack_e2m1(scaled.flatten(-2), codes), "weight_scale": blocks, "weight_scale_2": scale}
 
 
 def dequantize(tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -135,20 +146,20 @@ class _StraightThrough(torch.autograd.Function):
         return None, grad
 
 
-def fake_quantize(weight: torch.Tensor, kind: str) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, kind: str, codes: tuple[float, ...] | None = None) -> torch.Tensor:
     """A weight [..., O, N] as its packed form has it, in its own dtype; gradients pass through unchanged."""
     with torch.no_grad():
         scale = scale_of(weight.abs().amax((-2, -1)), kind)[..., None, None]
-        quantized = _rounded(weight.float(), kind, scale).to(weight.dtype)
+        quantized = _rounded(weight.float(), kind, scale, codes).to(weight.dtype)
     return _StraightThrough.apply(quantized, weight)
 
 
-def _rounded(values, kind, scale):
-    """`dequantize(quantize(values))` with a given outer scale, without packing."""
+def _rounded(values, kind, scale, codes=None):
+    """`dequantize(quantize(values, kind, codes))` with a given outer scale, without packing."""
     if kind == FP8:
         return to_e4m3(values / scale).float() * scale
     step = (block_scales(values, scale).float() * scale)[..., None]
-    return (round_e2m1(values.unflatten(-1, (-1, GROUP)) / step) * step).flatten(-2)
+    return (round_e2m1(values.unflatten(-1, (-1, GROUP)) / step, codes) * step).flatten(-2)
 
 
 def fake_quantize_input(x: torch.Tensor, kind: str, scale: torch.Tensor | None) -> torch.Tensor:
@@ -338,6 +349,7 @@ def decode_cache(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -
 
 
 __all__ = [
+    "CODES",
     "FP8",
     "NVFP4",
     "QuantizedExperts",

@@ -25,7 +25,7 @@ from .configuration_omni import resolve_checkpoint
 from .kernels import relu2
 from .media import OmniInputError
 from .modeling_language import Experts, OmniAttention
-from .quantization import FP8, GROUP, NVFP4, RECIPES, dequantize, format_of, packed_shapes, quantize, scale_of
+from .quantization import CODES, FP8, GROUP, NVFP4, RECIPES, dequantize, format_of, packed_shapes, quantize, scale_of
 from .quantized_loading import KINDS, METHOD, TENSORS
 
 SHARD_BYTES = 5 * 10**9
@@ -277,7 +277,7 @@ def packed_stream(stored: StoredTensors, recipe: str, scales: dict, layers: dict
             yield name, tensor
         else:
             layers[layer] = kind
-            for key, value in quantize(tensor, kind).items():
+            for key, value in quantize(tensor, kind, CODES.get(recipe)).items():
                 yield f"{layer}.{key}", value
         for scale in shapes:
             if scale.endswith((".input_scale", ".k_scale", ".v_scale")):

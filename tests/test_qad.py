@@ -16,7 +16,7 @@ from modeling_omni.quantization import set_input_quantization
 from modeling_omni.quantized_export import calibrate, export_checkpoint
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4", "nvfp4_coarse"])
 def test_the_student_computes_what_its_packed_form_computes(recipe, tmp_path):
     model = tiny_model(**SIZES)
     model.save_pretrained(tmp_path / "plain")

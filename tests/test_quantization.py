@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from modeling_omni import OmniForConditionalGeneration, OmniInputError
 from modeling_omni.modeling_language import Experts
 from modeling_omni.quantization import (
+    CODES,
     FP8,
     NVFP4,
     QuantizedExperts,
@@ -131,6 +132,11 @@ def test_fake_quantisation_is_the_packed_value_with_a_straight_gradient(kind):
     weight = random_weight(32, 32).requires_grad_()
     fake = fake_quantize(weight, kind)
     assert torch.equal(fake, dequantize(quantize(weight, kind))) and not torch.equal(fake, weight)
+    if kind == NVFP4:
+        codes = CODES["nvfp4_coarse"]
+        packed = quantize(weight, kind, codes)
+        assert torch.equal(fake_quantize(weight, kind, codes), dequantize(packed))
+        assert set(unpack_e2m1(packed["weight"]).abs().unique().tolist()) == set(codes)
     grad = random_weight(32, 32, seed=1)
     fake.backward(grad)
     assert torch.equal(weight.grad, grad)
