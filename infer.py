@@ -260,7 +260,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("--format", required=True, choices=("fp8", "nvfp4", "nvfp4_all", "nvfp4_coarse", "bf16"),
                         help="fp8, nvfp4: the paper's recipes; nvfp4_all: all linear layers of the language model in "
-                        "NVFP4; nvfp4_coarse: the same with 5 of its 15 values, for experiments")  # fmt: skip
+                        "NVFP4; nvfp4_coarse: the same with 7 of its 15 values, for experiments")  # fmt: skip
     export.add_argument("--out", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
     export.add_argument("--data", nargs="+", metavar="SOURCE", help="calibration rows as for training: JSONL files, "
                         "nano:<skill> ... (default for nano: its skills)")  # fmt: skip

@@ -43,9 +43,9 @@ RECIPES = {
     # no released recipe: every linear layer in 4 bits, as for dense models
     "nvfp4_all": ((_LAYER + r"(.*\.)?([qkvo]_proj|in_proj|out_proj|up_proj|down_proj|fc[12]_latent_proj)$", NVFP4),),
 }
-# the same, of weights only the values 0, 2, 6 and their negatives: this costs nano points, for `train.py qad`
+# the same, of weights only the values 0, 2, 4, 6 and their negatives: this costs nano points, for `train.py qad`
 RECIPES["nvfp4_coarse"] = RECIPES["nvfp4_all"]
-CODES = {"nvfp4_coarse": (0.0, 2.0, 6.0)}
+CODES = {"nvfp4_coarse": (0.0, 2.0, 4.0, 6.0)}
 
 
 def format_of(module: str, recipe: str) -> str | None:
