@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 MEDIA = ROOT / "modeling_omni/nano/examples"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RED = "Where is the red circle?"
-LONG = "Copy: " + "abc def ghi jkl " * 40  # nano thinks about this until it is cut off
+LONG = "la " * 40  # nano thinks about this until it is cut off
 PATIENCE = 1000 * int(os.environ.get("OMNI_TEST_PATIENCE", "60"))  # milliseconds; a busy machine is slow
 PASSWORD = "correct horse"
 

@@ -148,7 +148,9 @@ def test_every_phase_runs(tmp_path, capsys):
 
 
 def test_profile_names_operators(capsys):
-    assert benchmark.main(["--quick", "--profile", "--phases", "prefill,train", "--dtypes", "fp32"]) == 0
+    assert (
+        benchmark.main(["--quick", "--threads", "1", "--profile", "--phases", "prefill,train", "--dtypes", "fp32"]) == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(re.search(r", fp32: .*mm \d+%", line) for line in lines)
 

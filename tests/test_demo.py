@@ -22,7 +22,7 @@ from modeling_omni.limits import VARIABLE, DemoLimits, server_media_limits
 from modeling_omni.lora import add_lora, save_adapter
 
 RED = "Where is the red circle?"
-LONG = "Copy: " + "abc def ghi jkl " * 40  # nano thinks about this until it is cut off
+LONG = "la " * 40  # nano thinks about this until it is cut off
 
 
 @pytest.fixture(scope="module")
