@@ -136,7 +136,6 @@ def run_case(phase: str, number: int, case: Case, threads: int, peaks: dict, opt
     return row
 
 
-@torch.no_grad()
 def operators(case: Case, options: Options, most: int = 8) -> str:
     """Where our time goes: the operators with the most time of their own, in percent of all of them, by PyTorch's
     profiler (what is compiled counts as one)."""

@@ -76,6 +76,11 @@ def paired_table(first: list[dict], second: list[dict]) -> list[dict]:
     return rows
 
 
+def interval_cell(row: dict) -> str:
+    """ "low" and "high" of a difference between shares, in points."""
+    return f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
+
+
 def paired_markdown(rows: list[dict], first: str, second: str) -> str:
     """`paired_table` as Markdown; changes that hold after Holm's correction (and that of "all") are in bold."""
     lines = [
@@ -86,10 +91,9 @@ def paired_markdown(rows: list[dict], first: str, second: str) -> str:
         change = f"{100 * row['difference']:+.1f}"
         change = f"**{change}**" if row.get("p_holm", row["p"]) < 0.05 else change
         accuracies = " | ".join(f"{100 * row[name]:.1f} %" for name in ("first", "second"))
-        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
         holm_p = f"{row['p_holm']:.2g}" if "p_holm" in row else ""
         lines.append(
-            f"| {row['skill']} | {row['samples']} | {accuracies} | {change} | {interval} | {row['gained']} /"
+            f"| {row['skill']} | {row['samples']} | {accuracies} | {change} | {interval_cell(row)} | {row['gained']} /"
             f" {row['lost']} | {row['p']:.2g} | {holm_p} |"
         )
     return "\n".join(lines)
@@ -152,13 +156,13 @@ def rollouts_markdown(rows: list[dict], first: str, second: str) -> str:
         change = f"{100 * row['difference']:+.1f}"
         change = f"**{change}**" if row["low"] > 0 or row["high"] < 0 else change
         scores = f"{100 * row['first']:.1f} | {100 * row['second']:.1f}"
-        interval = f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}"
-        lines.append(f"| {row['skill']} | {row['samples']} | {scores} | {change} | {interval} |")
+        lines.append(f"| {row['skill']} | {row['samples']} | {scores} | {change} | {interval_cell(row)} |")
     return "\n".join(lines)
 
 
 __all__ = [
     "holm",
+    "interval_cell",
     "mcnemar_exact",
     "paired_interval",
     "paired_markdown",

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from .comparison import paired_row
+from .comparison import interval_cell, paired_row
 from .evaluation import heldout_table
 from .inference import load
 from .media import OmniInputError
@@ -110,11 +110,7 @@ def quantization_markdown(table: list[dict]) -> str:
             changes = sorted(rates[skill] - 100 * sum(first[skill]) / len(first[skill]) for skill in first)
             middle = len(changes) // 2
             median = changes[middle] if len(changes) % 2 else (changes[middle - 1] + changes[middle]) / 2
-            cells += [
-                f"{100 * paired['difference']:+.1f}",
-                f"{100 * paired['low']:+.1f} to {100 * paired['high']:+.1f}",
-            ]
-            cells.append(f"{median:+.1f}")
+            cells += [f"{100 * paired['difference']:+.1f}", interval_cell(paired), f"{median:+.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     samples = table[0]["settings"]["samples"]
     lines += ["", f"{len(first)} skills, {samples} held-out samples each; accuracies in percent, change in points."]
