@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rl_tasks import two_processes
 from tiny_model import media_rows, tiny_checkpoint
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -193,6 +194,10 @@ def test_a_bad_row_costs_that_row(policy, prompts, tmp_path):
         named = {row["row"]: row["reason"] for row in lines_of(tmp_path / "filter/bad_rows.jsonl")}
         assert set(named) == {1, 2, 3, 4, 8}
         assert all(reason in named[number] for number, reason in enumerate(bad, 1)), named
+    two_processes(filter_prompts, arguments(FilterArguments, tmp_path / "two", policy, str(file), **options))
+    for name in ("prompts.jsonl", "bad_rows.jsonl", "report.md"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "filter" / name).read_text()
+    assert len(lines_of(tmp_path / "two/pass_rates-1.jsonl")) == 1  # of the three rows that can be used
     Image.new("RGB", (64, 64)).save(tmp_path / "gone.png")
     assert "left out: 4 rows" in filter_prompts(filtering)
     del options["bands"]
