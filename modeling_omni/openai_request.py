@@ -133,6 +133,9 @@ def read_request(server, body: bytes) -> Asked:
     options |= {"media_limits": server.limits.media, "tools": tools or None}
     context = server.limits.context
     new, most = settings["max_new_tokens"], server.defaults.get("max_prompt_tokens") or context
+    if asked_length and new >= context:
+        raise RequestError(f"max_tokens is {new}, but prompt and answer together have {context} tokens; ask for fewer",
+                           param="max_tokens", code="context_length_exceeded")  # fmt: skip
     # an answer of no given length takes what the prompt leaves
     for limit in dict.fromkeys(min(most, context - kept) for kept in ((new,) if asked_length else (new, 1))):
         try:

@@ -340,6 +340,13 @@ def test_broken_requests_get_openais_errors(served):
     assert served.ask("Copy: banana split").choices[0].finish_reason == "stop"  # none of it did any harm
 
 
+def test_an_answer_as_long_as_the_context_leaves_no_prompt(scripted):
+    with endless(scripted, context=64) as server:
+        status, answer = server.send(body_of(max_tokens=64))
+    assert status == 400 and answer["error"]["param"] == "max_tokens"
+    assert "max_tokens is 64, but prompt and answer together have 64 tokens" in answer["error"]["message"]
+
+
 def test_refused_before_the_body_is_read(served):
     assert served.send(body_of(), Content_Type="text/plain")[0] == 415
     assert served.send(body_of(), Host="evil.example")[0] == 403
