@@ -42,7 +42,7 @@ from .data import Blend, TooLong, check_sources, cost_of, media_kinds
 from .data_adapters import adapt_prompt
 from .lora import add_lora, load_adapter, lora_table, save_adapter
 from .media import OmniInputError, load_image
-from .modeling_omni import OmniForConditionalGeneration
+from .modeling_omni import MEDIA_FEATURES, MEDIA_TENSORS, OmniForConditionalGeneration
 from .processing_omni import OmniProcessor
 from .prompt_omni import media_source
 from .reporting import append_line, evaluate, parameter_table, write_model_card
@@ -51,11 +51,6 @@ from .training import GROUPS, _key, group_of, parameter_groups
 logger = logging.getLogger(__name__)
 
 MEDIA_GROUPS = ("vision", "vision_projector", "audio", "audio_projector")
-MEDIA_TENSORS = (
-    *("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"),
-    *("input_features", "input_features_mask"),
-)
-KINDS = ("image_features", "video_features", "audio_features")
 # what a decoded answer may hold as structure; everything else in it is text, whatever it spells
 ANSWER_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 BAD_ROWS_BASE = 1000  # the share of bad rows is taken of at least so many
@@ -317,7 +312,7 @@ def media_params(model) -> list[torch.nn.Parameter]:
 def join_features(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Features of every row, in order -> those of the batch, for `forward`."""
     joined = {}
-    for kind in KINDS:
+    for kind in MEDIA_FEATURES:
         parts = [row[kind] for row in rows if kind in row]
         if parts:
             joined[kind] = torch.cat(parts)
