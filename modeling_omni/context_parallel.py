@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .distributed import bare_model
 from .evs import check_places
 from .feature_extraction_omni import clip_token_count
 from .media import OmniInputError
@@ -345,7 +346,7 @@ def set_context_parallel(model: torch.nn.Module, group) -> None:
         model: an `OmniForConditionalGeneration`, or a module around one (adapters).
         group: from `context_group`.
     """
-    model = next(part for part in model.modules() if isinstance(part, OmniForConditionalGeneration))
+    model = bare_model(model)
     model.__dict__.pop("forward", None)
     if group is None:
         return

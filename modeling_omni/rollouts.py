@@ -21,7 +21,7 @@ from transformers import LogitsProcessor
 from .checkpointing import write_atomically
 from .configuration_omni import resolve_checkpoint
 from .conversation import end_tokens
-from .data import Source, check_sources, hashed
+from .data import Source, check_sources, hashed, row_error
 from .data_adapters import KINDS, adapt_prompt
 from .distributed import make_accelerator
 from .filtering import (
@@ -35,10 +35,11 @@ from .filtering import (
 )
 from .inference import load, suppressed_tokens
 from .media import OmniInputError
+from .packing import BAD_ROWS_BASE, join_media
 from .processing_omni import OmniProcessor
 from .prompt_omni import source_keys
 from .rewards import check_gold
-from .rl_training import BAD_ROWS_BASE, encode_prompt, join_features, row_error
+from .rl_training import encode_prompt
 from .training import _key
 
 REWARDS = ("format", "answer", "text")
@@ -130,7 +131,7 @@ def sample_ids(
     ends = answer_ends(model, processor)
     ids = model.generate(
         **batch,
-        **join_features([features[i] for i in places]),
+        **join_media([features[i] for i in places]),
         do_sample=False,
         max_new_tokens=max_new_tokens,
         suppress_tokens=suppressed_tokens(model, processor),
