@@ -51,9 +51,9 @@ def layer_flops(config: OmniTextConfig) -> dict[str, float]:
     }
 
 
-def score_flops(config: OmniTextConfig, tokens: float, past: float = 0) -> float:
-    """Scores and weighted sums of one attention layer: `tokens` new ones behind `past`, causal."""
-    return 4 * config.num_attention_heads * config.head_dim * tokens * (past + tokens / 2)
+def score_flops(config: OmniTextConfig, tokens: float) -> float:
+    """Scores and weighted sums of one attention layer over `tokens`, causal."""
+    return 4 * config.num_attention_heads * config.head_dim * tokens * tokens / 2
 
 
 def prefill_flops(
@@ -116,15 +116,16 @@ def vision_flops(config: OmniConfig, patches: Sequence[int], frames: int = 1, pr
     return total
 
 
-def cache_bytes(config: OmniTextConfig, itemsize: int = 2) -> tuple[int, int]:
+def cache_bytes(config: OmniTextConfig, itemsize: int = 2, packed: bool = False) -> tuple[int, int]:
     """(bytes per token of all attention layers, bytes of all Mamba layers at any length) of one sequence's cache.
 
     Args:
         itemsize: bytes of a value in keys, values and convolution inputs; the recurrent state is in
             `mamba_ssm_cache_dtype`.
+        packed: keys and values are in FP8.
     """
     pattern = config.hybrid_override_pattern
-    per_token = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim * itemsize
+    per_token = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim * (1 if packed else itemsize)
     state = config.mamba_intermediate_size * config.ssm_state_size * (4 if "32" in config.mamba_ssm_cache_dtype else 2)
     return per_token, pattern.count("M") * (state + config.mamba_conv_size * config.conv_kernel * itemsize)
 
