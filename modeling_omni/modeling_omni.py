@@ -79,9 +79,8 @@ class OmniPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_attention_backend = True
-    _is_stateful = (
-        True  # Mamba's state cannot be cropped: transformers refuses its assisted decoding (see speculative.py)
-    )
+    # Mamba's state cannot be cropped: transformers refuses its assisted decoding (see speculative.py)
+    _is_stateful = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "norm_mean", "norm_std"]
     _keys_to_ignore_on_load_unexpected = IGNORED_ON_LOAD
     # the native class does not save these; `_init_weights` gives them their one right value
