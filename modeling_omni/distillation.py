@@ -44,6 +44,7 @@ from .reporting import append_line
 from .rl_training import (
     PromptRows,
     RLArguments,
+    encode_media,
     encode_prompt,
     load_policy,
     media_params,
@@ -52,7 +53,7 @@ from .rl_training import (
     run_stage,
     world_size,
 )
-from .rollouts import answer_ends, encode_media, padded_prompts, sample_ids
+from .rollouts import answer_ends, padded_prompts, sample_ids
 from .training import _key, cosine_factor, parameter_groups
 
 ESTIMATORS = ("full", "sampled")

@@ -189,23 +189,23 @@ class PromptRows:
                 return self.encode(content)
             except Exception as error:  # whatever one row does, it is named and the run goes on
                 self._report(file, row, error)
-        raise OmniInputError(f"{REPLACEMENTS} rows in a row cannot be used; see {self.bad_rows}: {self._newest()}")
+        reason = f"{file}, row {row}: {self.bad[file, row]['reason']}"
+        raise OmniInputError(f"{REPLACEMENTS} rows in a row cannot be used; see {self.bad_rows}: {reason}")
 
     def _report(self, file: str, row: int, error: Exception) -> None:
-        reason = row_error(error, f"{file}, row {row}: ")
         if (file, row) not in self.bad:
-            self.bad[file, row] = reason
-            with open(self.bad_rows, "a") as report:
-                report.write(json.dumps({"file": file, "row": row, "reason": reason}) + "\n")
-        if len(self.bad) > self.max_bad_share * max(BAD_ROWS_BASE, min(self.read, len(self))):
-            raise OmniInputError(
-                f"{len(self.bad)} rows cannot be used, over max_bad_share {self.max_bad_share}; see {self.bad_rows}: "
-                + self._newest()
-            )
+            self.bad[file, row] = {"file": file, "row": row, "reason": row_error(error, f"{file}, row {row}: ")}
+            append_line(self.bad_rows, self.bad[file, row])
+        check_bad_share([*self.bad.values()], min(self.read, len(self)), self.max_bad_share, self.bad_rows)
 
-    def _newest(self) -> str:
-        (file, row), reason = list(self.bad.items())[-1]
-        return f"{file}, row {row}: {reason}"
+
+def check_bad_share(bad: list[dict], count: int, share: float, path: Path) -> None:
+    """Raises where of `count` rows too many cannot be used; `path` names them all."""
+    if len(bad) > share * max(BAD_ROWS_BASE, count):
+        raise OmniInputError(
+            f"{len(bad)} of {count} rows cannot be used, over max_bad_share {share}; see {path}: "
+            "{file}, row {row}: {reason}".format(**bad[-1])
+        )
 
 
 def places(count: int):
@@ -277,6 +277,12 @@ def decoded(ids: list[int], processor) -> str:
 # ---- media ----
 
 
+def encode_media(model: OmniForConditionalGeneration, prompt: dict) -> dict[str, torch.Tensor]:
+    """Features of one prompt's media: every tower once."""
+    media = {name: value.to(model.device) for name, value in prompt["media"].items()}
+    return model.model.encode_media(**media) if media else {}
+
+
 def media_params(model) -> list[torch.nn.Parameter]:
     """The trained parameters of towers and projectors, adapters included."""
     starts = tuple(GROUPS[group] for group in MEDIA_GROUPS)
@@ -319,12 +325,9 @@ class OmniTrainer:
             self.add_callback(TensorBoardCallback(self.writer))
 
     def encode(self, model, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Features of one prompt's media: every tower once."""
-        if not media:
-            return {}
+        """`encode_media` in the precision of training."""
         with self.accelerator.autocast():
-            media = {name: value.to(self.accelerator.device) for name, value in media.items()}
-            return bare_model(model).model.encode_media(**media)
+            return encode_media(bare_model(model), {"media": media})
 
     def create_optimizer(self, model=None):
         """TRL's optimizer (`optim` and its arguments) over our groups, with their decays and rates."""

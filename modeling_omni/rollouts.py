@@ -35,11 +35,11 @@ from .filtering import (
 )
 from .inference import load, suppressed_tokens
 from .media import OmniInputError
-from .packing import BAD_ROWS_BASE, join_media
+from .packing import join_media
 from .processing_omni import OmniProcessor
 from .prompt_omni import source_keys
 from .rewards import check_gold
-from .rl_training import encode_prompt
+from .rl_training import check_bad_share, encode_media, encode_prompt
 from .training import _key
 
 REWARDS = ("format", "answer", "text")
@@ -92,12 +92,6 @@ def padded_prompts(prompts: list[dict], pad_id: int, device) -> dict[str, torch.
     if any(prompt["media"] for prompt in prompts):
         batch["mm_token_type_ids"] = left([prompt["types"] for prompt in prompts])
     return batch
-
-
-def encode_media(model, prompt: dict) -> dict[str, torch.Tensor]:
-    """Features of one prompt's media: every tower once."""
-    media = {name: value.to(model.device) for name, value in prompt["media"].items()}
-    return model.model.encode_media(**media) if media else {}
 
 
 @torch.no_grad()
@@ -335,11 +329,7 @@ def check_bad_rows(args: RolloutArguments, bad: list[dict], count: int, write: b
     path = Path(args.output_dir) / BAD_ROWS_FILE
     if write and (bad or path.exists()):
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in bad))
-    if len(bad) > args.max_bad_share * max(BAD_ROWS_BASE, count):
-        raise OmniInputError(
-            f"{len(bad)} of {count} rows cannot be used, over max_bad_share {args.max_bad_share}; see {path}: "
-            "{file}, row {row}: {reason}".format(**bad[-1])
-        )
+    check_bad_share(bad, count, args.max_bad_share, path)
 
 
 def left_out(bad: list[dict]) -> str:
