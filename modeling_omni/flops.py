@@ -23,7 +23,6 @@ from .media import VideoClip
 from .token_reduction import keep_schedule
 from .video_processing_omni import OmniVideoProcessor
 
-PAPER_VIDEO = {"frames": 512, "side": 512, "fps": 30.0}  # Table 12: synthetic, 512 x 512, 30 frames per second
 # A token per word with the blank before it, per digit, per run of other signs, per run of blanks left over.
 LABEL_RULE = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
 
@@ -163,7 +162,7 @@ def video_tokens(
     question: str = "",
     processor=None,
 ) -> dict[str, int]:
-    """Prompt tokens {"text", "video", "total", ...} of a square video, by the real prompt builder.
+    """Prompt tokens {"text", "video", "total", ...} of a square video (as in Table 12), by the real prompt builder.
 
     Args:
         tubelets: two frames in one tubelet, else one (every frame then has its own label).
