@@ -75,8 +75,9 @@ def quantization_table(
         packed = sum(t.nbytes for n, t in model.named_buffers() if t.element_size() == 1 or n.endswith(SCALE_NAMES))
         plain = sum(p.numel() for p in model.parameters())
         row = {"name": name, "settings": settings, "bytes": packed + 2 * plain}
-        in_fp8 = any(n.endswith("k_scale") for n, _ in model.named_buffers())
-        row["cache"] = cache_bytes(model.config.llm_config, packed=in_fp8)
+        row["cache"] = cache_bytes(
+            model.config.llm_config, any(n.endswith("k_scale") for n, _ in model.named_buffers())
+        )
         row["table"] = heldout_table(model, processor, skills, samples, progress=show, outcomes=True, **options)
         file.write_text(json.dumps(row))
         table.append(row)

@@ -97,7 +97,7 @@ def decode_bytes(config: OmniTextConfig, batch: int, context: float, itemsize: i
         "-": 2 * D * config.intermediate_size,
     }
     total = sum(weights[kind] for kind in config.hybrid_override_pattern) + D * config.vocab_size
-    per_token, fixed = cache_bytes(config, itemsize)
+    per_token, fixed = cache_bytes(config, itemsize=itemsize)
     return total * itemsize + batch * (per_token * context + 2 * fixed)
 
 
@@ -115,13 +115,13 @@ def vision_flops(config: OmniConfig, patches: Sequence[int], frames: int = 1, pr
     return total
 
 
-def cache_bytes(config: OmniTextConfig, itemsize: int = 2, packed: bool = False) -> tuple[int, int]:
+def cache_bytes(config: OmniTextConfig, packed: bool = False, itemsize: int = 2) -> tuple[int, int]:
     """(bytes per token of all attention layers, bytes of all Mamba layers at any length) of one sequence's cache.
 
     Args:
+        packed: keys and values are in FP8.
         itemsize: bytes of a value in keys, values and convolution inputs; the recurrent state is in
             `mamba_ssm_cache_dtype`.
-        packed: keys and values are in FP8.
     """
     pattern = config.hybrid_override_pattern
     per_token = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim * (1 if packed else itemsize)

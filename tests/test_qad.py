@@ -10,8 +10,7 @@ from test_quantization import SIZES, text_batch
 from tiny_model import LLM, prompt_of, tiny_checkpoint, tiny_model
 
 from modeling_omni import OmniForConditionalGeneration, OmniInputError
-from modeling_omni.evaluation_quantization import quantization_markdown
-from modeling_omni.flops import cache_bytes
+from modeling_omni.evaluation_quantization import cache_bytes, quantization_markdown
 from modeling_omni.qad import QADArguments, TeacherLoss, chunked_kl, fake_quantize_model, train_qad
 from modeling_omni.quantization import set_input_quantization
 from modeling_omni.quantized_export import calibrate, export_checkpoint
@@ -117,8 +116,8 @@ def test_stages_that_cannot_be(tmp_path):
 
 def test_the_table_of_formats():
     config = tiny_model(**SIZES).config.llm_config
-    assert cache_bytes(config, packed=True)[0] == 2 * 2 * 8 * 1 and cache_bytes(config)[0] == 2 * 2 * 8 * 2
-    assert cache_bytes(config, packed=True)[1] == 2 * (4 * 64 * 16 + 2 * (64 + 2 * 2 * 16) * 4)
+    assert cache_bytes(config, True)[0] == 2 * 2 * 8 * 1 and cache_bytes(config, False)[0] == 2 * 2 * 8 * 2
+    assert cache_bytes(config, True)[1] == 2 * (4 * 64 * 16 + 2 * (64 + 2 * 2 * 16) * 4)
     rows = [
         {"name": name, "bytes": size, "cache": [cache, 0], "settings": {"samples": 4}, "table": [
             {"skill": "text_copy", "outcomes": outcomes},
