@@ -300,21 +300,9 @@ def generate(model, processor, inputs: dict, options, show: bool = True, convers
     from modeling_omni.inference import stream_answer
 
     stop, shown = threading.Event(), None
-    stream = stream_answer(
-        model,
-        processor,
-        inputs,
-        stop,
-        seed=options.seed,
-        conversation=conversation,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        prefill_chunk_size=options.prefill_chunk_size,
-        reasoning_budget=options.reasoning_budget,
-        reasoning_grace=options.reasoning_grace,
-        mtp_drafts=options.mtp_drafts,
-    )
+    names = ("seed", "max_new_tokens", "temperature", "top_p", "prefill_chunk_size", "mtp_drafts")
+    chosen = {name: getattr(options, name) for name in (*names, "reasoning_budget", "reasoning_grace")}
+    stream = stream_answer(model, processor, inputs, stop, conversation=conversation, **chosen)
     with stop_on_ctrl_c(stop), contextlib.closing(stream):
         for section, piece in stream:
             if section == "end":

@@ -40,6 +40,20 @@ RENAMES = [
 # called the same here.
 TEXT_RENAMES = [(r"^backbone\.", r"model.language_model.")]
 
+# Group name -> what its parameters' names begin with; the longest that fits decides. The router is told by its place,
+# a draft head's own is part of the head.
+GROUPS = {
+    "language": "model.language_model.",
+    "embeddings": "model.language_model.embeddings.",
+    "head": "lm_head.",
+    "router": ".mixer.gate.",
+    "vision": "model.vision_tower.",
+    "vision_projector": "model.vision_projector.",
+    "audio": "model.audio_tower.",
+    "audio_projector": "model.audio_projector.",
+    "mtp": "mtp.",
+}
+
 # Written by transformers' native class for parts that this architecture does not have: LayerScale (ones) and indices
 # of summary tokens. `mtp.` are draft heads (modeling_mtp.py), left out where the config says 0 of them.
 IGNORED_ON_LOAD = [r"layer_scale[12]\.lambda1$", r"\.ls[12]\.", r"summary_idxs$", r"(^|\.)mtp\."]

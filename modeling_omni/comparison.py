@@ -16,6 +16,7 @@ from pathlib import Path
 from .filtering import rollout_records
 from .media import OmniInputError
 
+Z = 1.959964  # of a 95 % interval
 POWERED = 1000  # prompts below which small changes cannot be told from chance
 
 
@@ -26,11 +27,11 @@ def mcnemar_exact(gained: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2**total)  # integers: exact whatever the size
 
 
-def paired_interval(gained: int, lost: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Interval (95 % by default) of the difference of two accuracies on the same `total` prompts."""
+def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
+    """95 % interval of the difference of two accuracies on the same `total` prompts."""
     up, down, size = gained + 1, lost + 1, total + 2
     middle = (up - down) / size
-    half = z * math.sqrt(max(0.0, (up + down) / size - middle**2) / size)
+    half = Z * math.sqrt(max(0.0, (up + down) / size - middle**2) / size)
     return max(-1.0, middle - half), min(1.0, middle + half)
 
 
@@ -139,7 +140,7 @@ def rollouts_table(first: str | Path, second: str | Path) -> list[dict]:
         names = [name for name in common if source is None or before[name][0] == source]
         changes = [after[name][1] - before[name][1] for name in names]
         middle = statistics.fmean(changes)
-        half = 1.959964 * statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
+        half = Z * statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
         means = [statistics.fmean(scores[name][1] for name in names) for scores in (before, after)]
         row = {"skill": "all" if source is None else source, "samples": len(names), "first": means[0]}
         rows.append(row | {"second": means[1], "difference": middle, "low": middle - half, "high": middle + half})

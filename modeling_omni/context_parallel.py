@@ -36,12 +36,14 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .distributed import bare_model
 from .evs import check_places
 from .feature_extraction_omni import clip_token_count
 from .media import OmniInputError
 from .modeling_omni import (
     AUDIO,
     IMAGE,
+    MEDIA_TENSORS,
     MODALITY_NAMES,
     VIDEO,
     OmniForConditionalGeneration,
@@ -344,7 +346,7 @@ def set_context_parallel(model: torch.nn.Module, group) -> None:
         model: an `OmniForConditionalGeneration`, or a module around one (adapters).
         group: from `context_group`.
     """
-    model = next(part for part in model.modules() if isinstance(part, OmniForConditionalGeneration))
+    model = bare_model(model)
     model.__dict__.pop("forward", None)
     if group is None:
         return
@@ -365,12 +367,6 @@ def forward_shard(
     labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     output_hidden_states: bool | None = None,
-    pixel_values: torch.Tensor | None = None,
-    image_grid_thw: torch.Tensor | None = None,
-    pixel_values_videos: torch.Tensor | None = None,
-    video_grid_thw: torch.Tensor | None = None,
-    input_features: torch.Tensor | None = None,
-    input_features_mask: torch.Tensor | None = None,
     **others,
 ) -> CausalLMOutputWithPast:
     """The forward pass of one rank's part of a batch; arguments are what `shard_batch` returns.
@@ -383,6 +379,7 @@ def forward_shard(
         loss: of the own tokens. Losses and gradients, averaged over the ranks (as data-parallel engines do), are those
         of one process. hidden_states: of the own slices [R, L, D] if asked for.
     """
+    media = {name: others.pop(name) for name in MEDIA_TENSORS if name in others}
     ignored = ("use_cache", "skip_logits", "return_dict")
     given = [name for name, value in others.items() if value is not None and value is not False and name not in ignored]
     if given:
@@ -392,16 +389,9 @@ def forward_shard(
     context = replace(context, group=group)
     inner = model.model
     embeds = inner.language_model.embeddings(input_ids)
-    features = {}
-    if pixel_values is not None:
-        features[IMAGE] = inner.get_image_features(pixel_values, image_grid_thw)
-    if pixel_values_videos is not None:
-        features[VIDEO] = inner.get_video_features(pixel_values_videos, video_grid_thw)
-    if input_features is not None:
-        features[AUDIO] = inner.get_audio_features(input_features, input_features_mask)[0]
-    for modality, own_TD in features.items():
-        tokens = context.media_tokens[modality]
-        own_TD = own_TD[: tokens[context.rank]]
+    features = inner.encode_media(**media)
+    for modality, tokens in context.media_tokens.items():
+        own_TD = features[f"{MODALITY_NAMES[modality]}_features"][: tokens[context.rank]]
         gathered = gather_ranks(F.pad(own_TD, (0, 0, 0, max(tokens) - len(own_TD))), group)
         chosen = gathered.index_select(0, context.media_index[modality]).to(embeds.dtype)
         embeds = embeds.masked_scatter(context.media_places[modality][..., None].expand_as(embeds), chosen)

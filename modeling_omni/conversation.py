@@ -189,17 +189,11 @@ class ConversationCache:
 
     # -------------------------------------------------------------------------------------------- media
 
-    def media_features(
-        self, model, media: list[Medium], scope: str = ""
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Features [tokens, D] of every medium, and which of a video's tokens stay with EVS (None without); towers run
-        over those that are not known in this scope."""
-        return self.features_of(model, media, [scope] * len(media))
-
     def features_of(
         self, model, media: list[Medium], scopes: list[str]
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """`media_features` of media that belong to several scopes."""
+        """Features [tokens, D] of every medium, and which of a video's tokens stay with EVS (None without); towers run
+        over those that are not known in their scope."""
         new = {}
         for kind, encode in (
             (TYPE_IMAGE, model.model.get_image_features),
@@ -258,7 +252,7 @@ class ConversationCache:
         if known is not None:
             restore(cache, known, cached, config.llm_config.conv_kernel)
         left = [medium for medium in media if medium.start >= cached]
-        embeds = embed_prompt(model, inputs, left, self.media_features(model, left, scope), cached)
+        embeds = embed_prompt(model, inputs, left, self.features_of(model, left, [scope] * len(left)), cached)
         points = {}
         for begin, end in ((cached, turn), (max(cached, turn), len(ids) - 1)):
             step = prefill_chunk_size or max(1, end - begin)
@@ -271,8 +265,7 @@ class ConversationCache:
                 points[turn] = mamba_states(cache)
         ready = Ready(inputs["input_ids"].cpu(), keys, cache, cached, scope)
         if points or known is not None:
-            turns = {turn} & set(points)
-            self._keep(ready, known, ids[:-1], points, turns)
+            self._keep(ready, known, ids[:-1], points, set(points))
         return ready
 
     @torch.no_grad()

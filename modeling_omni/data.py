@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from .data_adapters import FORMATS, TEMPLATES, adapt_row
 from .data_adapters import KINDS as MEDIA_KINDS
 from .media import OmniInputError
+from .prompt_omni import part_kind
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +206,13 @@ def finish_row(read, spec: dict, file: str, row: int, adapt=adapt_row) -> dict:
     try:
         return adapt(read(), spec.get("format"), spec.get("template", "mixed"), folder)
     except Exception as error:  # RecursionError of json, Arrow's errors, ...: one row does not end a run
-        kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
-        raise OmniInputError(f"{file}, row {row}: {kind}{error}") from error
+        raise OmniInputError(f"{file}, row {row}: {row_error(error)}") from error
+
+
+def row_error(error: Exception, name: str = "") -> str:
+    """What is wrong with a row, without its name in front; of what is not ours, with its kind."""
+    kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
+    return kind + str(error).removeprefix(name)
 
 
 class Stream:
@@ -338,7 +344,7 @@ def hashed(*values) -> int:
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
-class Blend(Dataset):
+class Blend:
     """An endless blend of sources; place -> row.
 
     The places of a source are spread evenly and its rows come in a new random order every epoch, each row once. Row
@@ -363,9 +369,6 @@ class Blend(Dataset):
         self.bounds = [0, *ends[:-1], TURN]
         self.offset = hashed(seed) % TURN
         self.sources = [None if source.get("streaming") else Source(source, split, adapt) for source in sources]
-
-    def __len__(self) -> int:
-        return 2**40
 
     def source_at(self, place: int) -> int:
         return bisect_right(self.bounds, (place * STEP + self.offset) % TURN) - 1
@@ -494,8 +497,7 @@ def media_kinds(messages: list[dict]) -> list[str]:
     """Kind of every media part of a row, as far as its messages are well formed."""
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    kinds = [str(part.get("type")).removeprefix("input_").removesuffix("_url") for part in parts]
-    return [kind for kind in kinds if kind in MEDIA_KINDS]
+    return [kind for kind in map(part_kind, parts) if kind in MEDIA_KINDS]
 
 
 TOKEN_INPUTS = ("input_ids", "labels", "attention_mask", "mm_token_type_ids")

@@ -20,6 +20,7 @@ from .data import (
     encode_row,
     frame_patches,
     media_kinds,
+    row_error,
 )
 from .media import OmniInputError
 
@@ -108,8 +109,7 @@ class _Checked(Dataset):
         except NothingToLearn as error:
             return result | {"reason": str(error)}
         except Exception as error:
-            kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
-            reason = kind + str(error).removeprefix(f"{file}, row {row}: ")
+            reason = row_error(error, f"{file}, row {row}: ")
             return result | {"kind": "media" if self.media_fail(content) else "bad", "reason": reason}
         types = sample.get("mm_token_type_ids")
         counts = [sample["input_ids"].numel(), 0, 0, 0] if types is None else types[0].bincount(minlength=4).tolist()

@@ -35,23 +35,25 @@ from tqdm.auto import tqdm
 from . import distributed
 from .checkpointing import load_optimizers, write_checkpoint
 from .data import hashed
+from .distributed import bare_model
 from .filtering import grade, group_of
 from .media import OmniInputError
 from .modeling_language import LOSS_CHUNK
+from .packing import join_media
 from .reporting import append_line
 from .rl_training import (
     PromptRows,
     RLArguments,
-    bare_model,
+    encode_media,
     encode_prompt,
-    join_features,
     load_policy,
     media_params,
     open_stage,
+    reduce_gradients,
     run_stage,
     world_size,
 )
-from .rollouts import answer_ends, encode_media, padded_prompts, sample_ids
+from .rollouts import answer_ends, padded_prompts, sample_ids
 from .training import _key, cosine_factor, parameter_groups
 
 ESTIMATORS = ("full", "sampled")
@@ -148,7 +150,7 @@ def answer_states(
     batch["attention_mask"] = torch.cat([batch["attention_mask"], mask.long()], 1)
     if "mm_token_type_ids" in batch:
         batch["mm_token_type_ids"] = F.pad(batch["mm_token_type_ids"], (0, longest))
-    hidden = model.model(**batch, **join_features([features[i] for i in places]), use_cache=False).last_hidden_state
+    hidden = model.model(**batch, **join_media([features[i] for i in places]), use_cache=False).last_hidden_state
     return hidden[:, width - 1 : -1][mask]
 
 
@@ -166,17 +168,6 @@ def domain_of(row: dict, teachers: dict[str, str]) -> str:
     if found is None:
         raise OmniInputError(f"no teacher for source {names[0]!r} or group {names[1]!r}; teachers: {sorted(teachers)}")
     return found
-
-
-def sum_gradients(accelerator, parameters: list[nn.Parameter]) -> None:
-    """Adds up the gradients of all processes; a process without tokens for a parameter counts with zeros."""
-    if accelerator.num_processes == 1:
-        return
-    for parameter in parameters:
-        found = torch.tensor(float(parameter.grad is not None), device=parameter.device)
-        if accelerator.reduce(found, "sum") > 0:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, "sum")
 
 
 # ---- training ----
@@ -237,7 +228,7 @@ class DistillTrainer:
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * factor
             sums, samples = self.gradients(step)
-            sum_gradients(accelerator, self.trained)
+            reduce_gradients(accelerator, self.trained, "sum")
             norm, applied = distributed.clip_and_step(accelerator, self.model, [self.optimizer], args.max_grad_norm)
             totals.update(sums | {"grad_norm": norm, "steps": 1, "skipped": int(not applied)})
             self.state.global_step = step = step + 1

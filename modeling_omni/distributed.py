@@ -49,7 +49,7 @@ _STATE_FILE = "zero3-{rank:05d}-of-{world:05d}.safetensors"
 # ---- start ----
 
 
-def make_accelerator(max_grad_norm: float = 0.0, zero: dict | None = None, **trackers) -> Accelerator:
+def make_accelerator(max_grad_norm: float = 0.0, **trackers) -> Accelerator:
     """The Accelerator of this process, as `accelerate launch --config_file configs/accelerate/<name>.yaml` set it up.
 
     With `distributed_type: DEEPSPEED` the DeepSpeed configuration is made here: the YAML file gives `zero_stage`,
@@ -57,7 +57,6 @@ def make_accelerator(max_grad_norm: float = 0.0, zero: dict | None = None, **tra
 
     Args:
         max_grad_norm: gradient clipping (DeepSpeed clips by itself), 0 for none.
-        zero: changes to DeepSpeed's section `zero_optimization`.
         trackers: of `Accelerator`: `log_with`, `project_dir`.
 
     Raises:
@@ -69,7 +68,7 @@ def make_accelerator(max_grad_norm: float = 0.0, zero: dict | None = None, **tra
     # the others wait while one process measures the data, tests or writes a checkpoint
     group = {"timeout": timedelta(hours=6)} if world > 1 else {}
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        options["deepspeed_plugin"] = _deepspeed_plugin(max_grad_norm, zero or {})
+        options["deepspeed_plugin"] = _deepspeed_plugin(max_grad_norm)
         if not gpu:  # without this every process believes that it is alone, and trains on the same rows
             group["backend"] = "gloo"
     elif world > 1 and not gpu:
@@ -88,7 +87,7 @@ def make_accelerator(max_grad_norm: float = 0.0, zero: dict | None = None, **tra
     return accelerator
 
 
-def _deepspeed_plugin(max_grad_norm: float, changes: dict):
+def _deepspeed_plugin(max_grad_norm: float):
     try:
         import deepspeed
         import deepspeed.ops
@@ -129,7 +128,7 @@ def _deepspeed_plugin(max_grad_norm: float, changes: dict):
         "gradient_clipping": max_grad_norm,
         "data_types": {"grad_accum_dtype": "fp32"},  # bf16 would round small gradients of a step's many rows away
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero | changes,
+        "zero_optimization": zero,
     }
     plugin = DeepSpeedPlugin()  # reads zero3_init_flag; the rest of what it reads is replaced
     plugin.deepspeed_config.update(config)
@@ -143,10 +142,9 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 def offloads(accelerator: Accelerator) -> bool:
     """Whether the optimizer's state stands in the host's memory."""
-    return (
-        is_sharded(accelerator)
-        and "offload_optimizer" in (accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"])
-    )
+    if not is_sharded(accelerator):
+        return False
+    return "offload_optimizer" in accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
 
 
 def model_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -289,7 +287,7 @@ def prepare_training(accelerator: Accelerator, model: nn.Module, optimizers: lis
 # ---- steps ----
 
 
-def _find(model: nn.Module) -> OmniForConditionalGeneration:
+def bare_model(model: nn.Module) -> OmniForConditionalGeneration:
     """Our model inside DeepSpeed's, DDP's and PEFT's wrappers."""
     return next(module for module in model.modules() if isinstance(module, OmniForConditionalGeneration))
 
@@ -356,7 +354,7 @@ def agree_on_step(accelerator: Accelerator, model: nn.Module, batches: list[dict
     Raises:
         OmniInputError: the processes came with different numbers of micro-batches.
     """
-    inner = _find(model)
+    inner = bare_model(model)
     tower = inner.model.audio_tower
     passes = [
         len(plan_passes(batch["input_features_mask"].sum(-1).tolist(), tower.max_frames_per_pass))
@@ -458,7 +456,7 @@ def save_released(accelerator: Accelerator, model: nn.Module, folder: str | Path
 
     `from_pretrained` reads the folder in one process or in many. Host memory for one whole copy is needed.
     """
-    inner = _find(model)
+    inner = bare_model(model)
     state = None
     if is_sharded(accelerator):
         names = {id(module): name for name, module in getattr(model, "module", model).named_modules()}
@@ -553,6 +551,7 @@ __all__ = [
     "ParallelExperts",
     "agree_on_step",
     "backward",
+    "bare_model",
     "clip_and_step",
     "gathered_state",
     "is_sharded",

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .evs import reserve_kept_tokens
-from .inference import generation_options, split_tokens
+from .inference import encode, generation_options, split_tokens
 from .media import OmniInputError
 from .metrics import wilson_interval
 
@@ -41,27 +41,12 @@ def answer_batch(
 
     The reasoning budget is that of `reasoning_limits`.
     """
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
-    )
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = encode(model, processor, conversations, thinking, padding=True)
     rate = options.pop("video_pruning_rate", None)
     if rate and "video_grid_thw" in inputs:  # `generate` would return the shortened prompt
         inputs = reserve_kept_tokens(inputs, rate, model.config.merge_size)
-    options |= generation_options(
-        model,
-        processor,
-        max_new_tokens,
-        prompt_ids=inputs["input_ids"],
-        reasoning_budget=reasoning_budget,
-        reasoning_grace=reasoning_grace,
-    )
+    limits = {"reasoning_budget": reasoning_budget, "reasoning_grace": reasoning_grace}
+    options |= generation_options(model, processor, max_new_tokens, prompt_ids=inputs["input_ids"], **limits)
     ids = model.generate(**inputs, do_sample=False, **options)
     rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
     pieces = [split_tokens(processor, row, thinking) for row in rows]

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from .batch_inference import read_results, request_of, row_keys, run_batch
+from .checkpointing import write_atomically
 from .configuration_omni import TYPE_TEXT, resolve_checkpoint
 from .data import JsonlRows
 from .data_adapters import KINDS, adapt_prompt
@@ -160,9 +161,7 @@ def check_settings(path: Path, settings: dict) -> None:
             changed = "; ".join(f"{key}: {before.get(key)!r:.80} then, {settings.get(key)!r:.80} now" for key in keys)
             raise OmniInputError(f"{path}: begun with other settings ({changed}); give another --out")
         return
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1))
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(settings, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------- answers
@@ -283,25 +282,20 @@ def score_predictions(
             line, test = {"error": line.get("error", {"message": str(error)})}, {}
         about |= {"verifier": test.get("verifier", metric or ""), "source": test.get("source", "")}
         if "error" in line:
+            answer = ""  # nothing was said
             about |= {"score": 0.0, "error": line["error"]["message"]}
-            if test.get("verifier") == "asr_wer":  # nothing was said
-                about["word_errors"], about["words"] = word_errors("", test["gold"], test["args"].get("lang"))
-            if test.get("verifier") in PARTS:
-                about["parts"] = PARTS[test["verifier"]]("", test["gold"], **test["args"])
-            graded.append(about)
-            continue
-        answer = final_answer(line["answer"], test["verifier"])
-        about |= {"score": score(test["verifier"], answer, test["gold"], **test["args"])}
-        about |= {"graded": answer, "gold": test["gold"]}
-        if test["verifier"] == "asr_wer":
+        else:
+            answer = final_answer(line["answer"], test["verifier"])
+            about |= {"score": score(test["verifier"], answer, test["gold"], **test["args"])}
+            about |= {"graded": answer, "gold": test["gold"]}
+            about |= {key: line[key] for key in ("finish_reason", "generated_tokens", "thought_cut") if key in line}
+            about |= {"prompt_tokens": sum(line["tokens"].values()), "tokens": line["tokens"]}
+        if test.get("verifier") == "asr_wer":
             about["word_errors"], about["words"] = word_errors(answer, test["gold"], test["args"].get("lang"))
-        if test["verifier"] in PARTS:
+        if test.get("verifier") in PARTS:
             about["parts"] = PARTS[test["verifier"]](answer, test["gold"], **test["args"])
-        about |= {key: line[key] for key in ("finish_reason", "generated_tokens", "thought_cut") if key in line}
-        graded.append(about | {"prompt_tokens": sum(line["tokens"].values()), "tokens": line["tokens"]})
-    partial = scores.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(one) + "\n" for one in graded))
-    os.replace(partial, scores)
+        graded.append(about)
+    write_atomically(scores, "".join(json.dumps(one) + "\n" for one in graded))
     return graded
 
 

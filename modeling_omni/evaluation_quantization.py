@@ -7,6 +7,7 @@ All answer the same prompts: differences are paired.
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from .comparison import interval_cell, paired_row
 from .evaluation import heldout_table
+from .flops import cache_bytes
 from .inference import load
 from .media import OmniInputError
 from .quantization import RECIPES, form_weights, set_input_quantization
@@ -22,14 +24,6 @@ from .quantized_export import calibrate, calibration_batches, calibration_source
 
 SCALE_NAMES = ("_scale", "_scale_2")
 KINDS = {"text": ("text_",), "pictures": ("image_",), "speech": ("speech_",), "clips": ("video_", "heard_")}
-
-
-def cache_bytes(config, packed: bool, itemsize: int = 2) -> tuple[int, int]:
-    """Bytes of the cache: of one token's keys and values, and of a row's Mamba states (float32) and convolutions."""
-    pattern = config.hybrid_override_pattern
-    token = 2 * config.num_key_value_heads * config.head_dim * pattern.count("*") * (1 if packed else itemsize)
-    state = 4 * config.mamba_intermediate_size * config.ssm_state_size
-    return token, pattern.count("M") * (state + itemsize * config.mamba_conv_size * config.conv_kernel)
 
 
 def quantization_table(
@@ -107,9 +101,7 @@ def quantization_markdown(table: list[dict]) -> str:
             cells += ["", "", ""]
         else:
             paired = paired_row("all", sum(first.values(), []), sum((found[skill] for skill in first), []))
-            changes = sorted(rates[skill] - 100 * sum(first[skill]) / len(first[skill]) for skill in first)
-            middle = len(changes) // 2
-            median = changes[middle] if len(changes) % 2 else (changes[middle - 1] + changes[middle]) / 2
+            median = statistics.median(rates[skill] - 100 * sum(first[skill]) / len(first[skill]) for skill in first)
             cells += [f"{100 * paired['difference']:+.1f}", interval_cell(paired), f"{median:+.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     samples = table[0]["settings"]["samples"]
@@ -118,4 +110,4 @@ def quantization_markdown(table: list[dict]) -> str:
     return "\n".join(lines + ([f"Left out, no data on this machine: {', '.join(skipped)}."] if skipped else []))
 
 
-__all__ = ["cache_bytes", "quantization_markdown", "quantization_table"]
+__all__ = ["quantization_markdown", "quantization_table"]

@@ -12,7 +12,6 @@ that is done is read, one that was killed goes on where it was.
 
 import copy
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .checkpointing import write_atomically
 from .data import JsonlRows
 from .evaluation import FIRST_SEED
 from .evaluation_files import check_settings, checkpoint_fingerprint, evaluate_file, question_of
@@ -182,9 +182,7 @@ class Tables:
             model, processor = self.load()
             processor = processor if tubelets else without_tubelets(processor)
             measured = first_token(model, processor, synthetic_clip(frames, side), rate, repeats)
-            partial = found.with_suffix(".partial")
-            partial.write_text(json.dumps(measured, indent=1))
-            os.replace(partial, found)
+            write_atomically(found, json.dumps(measured, indent=1))
         return json.loads(found.read_text())
 
 

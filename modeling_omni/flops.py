@@ -23,7 +23,6 @@ from .media import VideoClip
 from .token_reduction import keep_schedule
 from .video_processing_omni import OmniVideoProcessor
 
-PAPER_VIDEO = {"frames": 512, "side": 512, "fps": 30.0}  # Table 12: synthetic, 512 x 512, 30 frames per second
 # A token per word with the blank before it, per digit, per run of other signs, per run of blanks left over.
 LABEL_RULE = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
 
@@ -51,9 +50,9 @@ def layer_flops(config: OmniTextConfig) -> dict[str, float]:
     }
 
 
-def score_flops(config: OmniTextConfig, tokens: float, past: float = 0) -> float:
-    """Scores and weighted sums of one attention layer: `tokens` new ones behind `past`, causal."""
-    return 4 * config.num_attention_heads * config.head_dim * tokens * (past + tokens / 2)
+def score_flops(config: OmniTextConfig, tokens: float) -> float:
+    """Scores and weighted sums of one attention layer over `tokens`, causal."""
+    return 4 * config.num_attention_heads * config.head_dim * tokens * tokens / 2
 
 
 def prefill_flops(
@@ -98,7 +97,7 @@ def decode_bytes(config: OmniTextConfig, batch: int, context: float, itemsize: i
         "-": 2 * D * config.intermediate_size,
     }
     total = sum(weights[kind] for kind in config.hybrid_override_pattern) + D * config.vocab_size
-    per_token, fixed = cache_bytes(config, itemsize)
+    per_token, fixed = cache_bytes(config, itemsize=itemsize)
     return total * itemsize + batch * (per_token * context + 2 * fixed)
 
 
@@ -116,15 +115,16 @@ def vision_flops(config: OmniConfig, patches: Sequence[int], frames: int = 1, pr
     return total
 
 
-def cache_bytes(config: OmniTextConfig, itemsize: int = 2) -> tuple[int, int]:
+def cache_bytes(config: OmniTextConfig, packed: bool = False, itemsize: int = 2) -> tuple[int, int]:
     """(bytes per token of all attention layers, bytes of all Mamba layers at any length) of one sequence's cache.
 
     Args:
+        packed: keys and values are in FP8.
         itemsize: bytes of a value in keys, values and convolution inputs; the recurrent state is in
             `mamba_ssm_cache_dtype`.
     """
     pattern = config.hybrid_override_pattern
-    per_token = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim * itemsize
+    per_token = pattern.count("*") * 2 * config.num_key_value_heads * config.head_dim * (1 if packed else itemsize)
     state = config.mamba_intermediate_size * config.ssm_state_size * (4 if "32" in config.mamba_ssm_cache_dtype else 2)
     return per_token, pattern.count("M") * (state + config.mamba_conv_size * config.conv_kernel * itemsize)
 
@@ -162,7 +162,7 @@ def video_tokens(
     question: str = "",
     processor=None,
 ) -> dict[str, int]:
-    """Prompt tokens {"text", "video", "total", ...} of a square video, by the real prompt builder.
+    """Prompt tokens {"text", "video", "total", ...} of a square video (as in Table 12), by the real prompt builder.
 
     Args:
         tubelets: two frames in one tubelet, else one (every frame then has its own label).

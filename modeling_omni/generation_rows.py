@@ -12,19 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessor
 
 from .conversation import ConversationCache, end_tokens, generate_inputs
 from .inference import AnswerSplitter, opens_thought, suppressed_tokens
 from .limits import is_out_of_memory
+from .packing import join_media
 from .processing_omni import OmniProcessor
 from .reasoning_budget import ReasoningBudget, reasoning_limits
 
 logger = logging.getLogger(__name__)
-
-PADDED = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0}  # None: the tokenizer's padding
-FLAT = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "video_keep_tokens")
-FRAMES = ("input_features", "input_features_mask")
 
 
 def collate_prompts(prompts: list[dict[str, torch.Tensor]], pad_token_id: int = 0) -> dict[str, torch.Tensor]:
@@ -36,31 +34,14 @@ def collate_prompts(prompts: list[dict[str, torch.Tensor]], pad_token_id: int = 
     length = max(prompt["input_ids"].shape[1] for prompt in prompts)
     with_types = any("mm_token_type_ids" in prompt for prompt in prompts)
     batch = {}
-    for name, fill in PADDED.items():
-        if name == "mm_token_type_ids" and not with_types:
-            continue
-        rows = []
-        for prompt in prompts:
-            row = prompt[name] if name in prompt else torch.zeros_like(prompt["input_ids"])
-            fill_value = pad_token_id if fill is None else fill
-            rows.append(torch.nn.functional.pad(row, (length - row.shape[1], 0), value=fill_value))
-        batch[name] = torch.cat(rows)
+    for name in ("input_ids", "attention_mask", *["mm_token_type_ids"] * with_types):
+        rows = [prompt.get(name, torch.zeros_like(prompt["input_ids"])) for prompt in prompts]
+        fill = pad_token_id if name == "input_ids" else 0
+        batch[name] = torch.cat([F.pad(row, (length - row.shape[1], 0), value=fill) for row in rows])
     videos = [prompt for prompt in prompts if "video_grid_thw" in prompt]
     if len({"video_keep_tokens" in prompt for prompt in videos}) > 1:
         raise ValueError("videos with and without EVS cannot stand in one batch")
-    for name in (*FLAT, "audio_clip_counts"):
-        values = [prompt[name] for prompt in prompts if name in prompt]
-        if values:
-            batch[name] = torch.cat(values)
-    for name in FRAMES:
-        values = [prompt[name] for prompt in prompts if name in prompt]
-        if values:
-            frames = max(value.shape[1] for value in values)
-            padding = (0, 0) * (values[0].dim() - 2)
-            batch[name] = torch.cat(
-                [torch.nn.functional.pad(value, (*padding, 0, frames - value.shape[1])) for value in values]
-            )
-    return batch
+    return batch | join_media(prompts)
 
 
 @dataclass(eq=False)
@@ -246,13 +227,7 @@ def generate_rows(
             row.thought_cut = any(forced[: len(row.tokens)])
 
 
-def generate_or_split(
-    model,
-    processor: OmniProcessor,
-    rows: list[Row],
-    prefill_chunk_size: int | None = None,
-    conversations: ConversationCache | None = None,
-) -> None:
+def generate_or_split(model, processor, rows: list[Row], prefill_chunk_size=None, conversations=None) -> None:
     """`generate_rows`; a batch that fails is tried again in halves, so that one bad row, or too little memory for all,
     costs no other row. Where nothing helps, `error` of the row says why. Rows whose tokens were given out are not begun
     anew.

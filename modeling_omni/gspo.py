@@ -24,7 +24,6 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,22 +36,23 @@ from .checkpoint import released_tensors
 from .checkpointing import model_inside
 from .data import hashed
 from .data_adapters import KINDS as MEDIA_KINDS
+from .distributed import bare_model
 from .filtering import grade, media_parts
 from .inference import MEDIA_TOKENS
 from .media import OmniInputError, load_image
+from .packing import join_media
 from .prompt_omni import media_source
 from .rewards import LISTED, check_gold, score, verifier_name
 from .rl_training import (
     OmniTrainer,
     PromptRows,
     RLArguments,
-    bare_model,
     decoded,
     encode_prompt,
-    join_features,
     media_params,
     open_stage,
     places,
+    reduce_gradients,
     run_stage,
     trl_config,
     world_size,
@@ -338,7 +338,7 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
             return {}
         types = [torch.tensor(self.prompts[i]["types"]) for i in numbers]
         types = torch.stack([F.pad(row, (width - len(row), 0)) for row in types])
-        return join_features([self._features_of(i) for i in numbers]) | {"mm_token_type_ids": types}
+        return join_media([self._features_of(i) for i in numbers]) | {"mm_token_type_ids": types}
 
     def _features_of(self, number: int) -> dict[str, torch.Tensor]:
         if number in self.features:
@@ -371,13 +371,7 @@ class GSPOTrainer(OmniTrainer, GRPOTrainer):
         self.trained = {}
         if pairs:
             torch.autograd.backward(*zip(*pairs))
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.media_params:  # DDP has not seen them: they were cut off its graph
-            found = torch.tensor(float(parameter.grad is not None), device=parameter.device)
-            if self.accelerator.reduce(found, "sum") > 0:
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(gradient, "mean")
+        reduce_gradients(self.accelerator, self.media_params, "mean")  # DDP has not seen them: cut off its graph
 
 
 def check_gspo(args: GSPOArguments) -> None:
@@ -445,11 +439,7 @@ def make_gspo_trainer(args: GSPOArguments, stage) -> GSPOTrainer:
         generation_kwargs={"bad_words": list(MEDIA_TOKENS)} if args.trl.get("use_vllm") else None,
         shuffle_dataset=False,  # the blend's places are in random order
     )
-
-    def encode(row):
-        return encode_row(row, processor, args)
-
-    rows = PromptRows(args, encode, Path(args.output_dir) / "bad_rows.jsonl")
+    rows = PromptRows(args, lambda row: encode_row(row, processor, args), stage.folder / "bad_rows.jsonl")
     prompts = args.global_batch_size // args.rollouts
     if len(rows) < prompts:
         raise OmniInputError(
@@ -460,7 +450,6 @@ def make_gspo_trainer(args: GSPOArguments, stage) -> GSPOTrainer:
         model,
         rows=rows,
         stage_args=args,
-        resumed=stage.resumed,
         saved=stage.saved,
         args=config,
         train_dataset=places(rounds * prompts),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from .ssd import cuda_kernels
+from .ssd import cuda_kernels, needs_grad
 
 # Tokens up to which compiled code multiplies every token with its own gathered experts, never forming the gather.
 GATHER_TOKENS = 16
@@ -29,11 +29,6 @@ BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 # Queries of a block of causal attention on a CPU, and the most scores that exist at a time.
 BLOCK_ROWS = 256
 BLOCK_SCORES = 2**23
-
-
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will record what is done with these."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # ---- elementwise ----

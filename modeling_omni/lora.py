@@ -42,6 +42,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
+from .checkpoint import GROUPS
 from .configuration_omni import resolve_checkpoint
 from .media import OmniInputError
 from .modeling_language import Experts
@@ -69,13 +70,7 @@ SHORT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_
 
 # Part of a name, in this order; and the inputs without which a part gets no gradient.
 PARTS = {
-    "vision": "model.vision_tower.",
-    "vision_projector": "model.vision_projector.",
-    "audio": "model.audio_tower.",
-    "audio_projector": "model.audio_projector.",
-    "head": "lm_head.",
-    "language": "model.language_model.",
-    "mtp": "mtp.",
+    part: GROUPS[part] for part in ("vision", "vision_projector", "audio", "audio_projector", "head", "language", "mtp")
 }
 MEDIA_OF_PART = {
     "vision": ("pixel_values", "pixel_values_videos"),
@@ -264,6 +259,16 @@ def lora_table(model) -> str:
         if counts:
             lines.append(f"{part}: " + ", ".join(f"{number} x {kind}" for kind, number in sorted(counts.items())))
     return "\n".join(lines)
+
+
+def start_lora(model: OmniForConditionalGeneration, settings: dict, resumed: Path | None, seed: int):
+    """New adapters, drawn from `seed`, or those of the checkpoint `resumed`, to be trained on; see `add_lora`."""
+    if resumed is None:
+        torch.manual_seed(seed)
+        return add_lora(model, settings)
+    if settings.get("base_4bit"):
+        quantize_experts_4bit(model)
+    return load_adapter(model, resumed, trainable=True)
 
 
 # --- gradients
@@ -539,5 +544,6 @@ __all__ = [
     "part_of",
     "quantize_experts_4bit",
     "save_adapter",
+    "start_lora",
     "watch_adapter_gradients",
 ]

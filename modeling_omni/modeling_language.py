@@ -190,10 +190,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, config.moe_intermediate_size))
 
     def forward(self, hidden_TD: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        up, down = (
-            self.up_proj,
-            self.down_proj,
-        )  # read once: adapters and 4-bit weights are formed at each reading
+        up, down = self.up_proj, self.down_proj  # read once: adapters and 4-bit weights are formed at each reading
         return routed_experts(hidden_TD, experts_TK, weights_TK, up, down, self.config.kernels)
 
 
@@ -339,7 +336,6 @@ def attention_inputs(config, inputs_embeds, attention_mask, cache, position_ids,
         documents: the lengths of what may only see itself, row by row: packed documents, and runs of padding.
         keys: how many keys of a preallocated cache exist after this call; None for all.
     """
-    past = 0
     plain = config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
     # transformers reads packing off positions that start anew, where nothing else tells
     plain = plain and not (position_ids is not None and attention_mask is None and cache is None)

@@ -45,20 +45,12 @@ from .token_reduction import ReducedCache, reduced_forward, reduction_cache
 
 MODALITY_NAMES = {IMAGE: "image", VIDEO: "video", AUDIO: "audio"}
 
-MEDIA_INPUTS = (
-    "mm_token_type_ids",
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-    "video_keep_tokens",
-    "input_features",
-    "input_features_mask",
-    "audio_clip_counts",
-    "image_features",
-    "video_features",
-    "audio_features",
+MEDIA_TENSORS = (  # what the towers need
+    *("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"),
+    *("input_features", "input_features_mask"),
 )
+MEDIA_FEATURES = tuple(f"{name}_features" for name in MODALITY_NAMES.values())
+MEDIA_INPUTS = ("mm_token_type_ids", *MEDIA_TENSORS, "video_keep_tokens", "audio_clip_counts", *MEDIA_FEATURES)
 
 
 class OmniProjector(GradientCheckpointingLayer):
@@ -87,9 +79,8 @@ class OmniPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
     _supports_attention_backend = True
-    _is_stateful = (
-        True  # Mamba's state cannot be cropped: transformers refuses its assisted decoding (see speculative.py)
-    )
+    # Mamba's state cannot be cropped: transformers refuses its assisted decoding (see speculative.py)
+    _is_stateful = True
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "norm_mean", "norm_std"]
     _keys_to_ignore_on_load_unexpected = IGNORED_ON_LOAD
     # the native class does not save these; `_init_weights` gives them their one right value
@@ -317,17 +308,6 @@ class OmniModel(OmniPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        video_grid_thw: torch.Tensor | None = None,
-        video_keep_tokens: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        input_features_mask: torch.Tensor | None = None,
-        audio_clip_counts: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        video_features: torch.Tensor | None = None,
-        audio_features: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
         """Runs the model.
@@ -339,7 +319,8 @@ class OmniModel(OmniPreTrainedModel):
             prefill_chunk_size: run the language model over the prompt in pieces of this many tokens, with a cache;
                 equal to one pass, with less memory.
             hidden_to_keep: in pieces, return at least the last n hidden states and forget the others (0: all).
-            media inputs: as `OmniProcessor` returns them, or `encode_media`; see `embed_multimodal`.
+            mm_token_type_ids and MEDIA_INPUTS: as `OmniProcessor` returns them, or `encode_media`; see
+                `embed_multimodal`.
 
         Returns:
             last_hidden_state [B, S, D] after the final norm; past_key_values when use_cache.
@@ -347,22 +328,10 @@ class OmniModel(OmniPreTrainedModel):
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
         if inputs_embeds is None:
             inputs_embeds, mm_token_type_ids = self.embed_multimodal(
-                input_ids,
-                mm_token_type_ids,
-                pixel_values,
-                image_grid_thw,
-                pixel_values_videos,
-                video_grid_thw,
-                video_keep_tokens,
-                input_features,
-                input_features_mask,
-                audio_clip_counts,
-                image_features,
-                video_features,
-                audio_features,
-                return_types=True,
+                input_ids, mm_token_type_ids, **media, return_types=True
             )
         if use_cache is None:
             use_cache = past_key_values is not None or (config.llm_config.use_cache and not self.training)
@@ -499,14 +468,19 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
         Returns:
             loss (with labels), logits [B, kept, vocab] float32, past_key_values.
         """
+        media = {
+            "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "image_features": image_features,
+            "pixel_values_videos": pixel_values_videos, "video_grid_thw": video_grid_thw,
+            "video_keep_tokens": video_keep_tokens, "video_features": video_features,
+            "input_features": input_features, "input_features_mask": input_features_mask,
+            "audio_clip_counts": audio_clip_counts, "audio_features": audio_features,
+        }  # fmt: skip
         drafting = labels is not None and self.mtp is not None and torch.is_grad_enabled()
         drafting = drafting and self.mtp.layers[0].eh_proj.weight.requires_grad
         if drafting and inputs_embeds is None:  # the heads read the trunk's inputs, media in place
             inputs_embeds, mm_token_type_ids = self.model.embed_multimodal(
-                input_ids, mm_token_type_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw,
-                video_keep_tokens, input_features, input_features_mask, audio_clip_counts, image_features,
-                video_features, audio_features, return_types=True,
-            )  # fmt: skip
+                input_ids, mm_token_type_ids, **media, return_types=True
+            )
             input_ids = None
         output = self.model(
             input_ids,
@@ -519,19 +493,8 @@ class OmniForConditionalGeneration(OmniPreTrainedModel, GenerationMixin):
             prefill_chunk_size,
             logits_to_keep if labels is None and isinstance(logits_to_keep, int) else 0,
             output_hidden_states,
-            None,
-            mm_token_type_ids,
-            pixel_values,
-            image_grid_thw,
-            pixel_values_videos,
-            video_grid_thw,
-            video_keep_tokens,
-            input_features,
-            input_features_mask,
-            audio_clip_counts,
-            image_features,
-            video_features,
-            audio_features,
+            mm_token_type_ids=mm_token_type_ids,
+            **media,
             **kwargs,
         )
         hidden = output.last_hidden_state

@@ -26,13 +26,13 @@ from trl import DPOConfig, DPOTrainer
 
 from .data import NothingToLearn, TooLong
 from .media import OmniInputError
+from .packing import join_media
 from .rl_training import (
     OmniTrainer,
     PromptRows,
     RLArguments,
     answer_ids,
     encode_prompt,
-    join_features,
     load_policy,
     open_stage,
     places,
@@ -171,7 +171,7 @@ class MPOTrainer(OmniTrainer, DPOTrainer):
     def _features(self, model, media: list[dict]) -> dict[str, torch.Tensor]:
         """Every pair's media once -> the features of all chosen rows, then of all rejected ones."""
         features = [self.encode(model, one) for one in media]
-        return join_features(features + features)
+        return join_media(features + features)
 
     @torch.no_grad()
     def _reference(self, inputs: dict, media: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,16 +235,11 @@ def make_mpo_trainer(args: MPOArguments, stage) -> MPOTrainer:
         dataloader_num_workers=args.workers,
     )
     processor = stage.processor
-
-    def encode(row):
-        return encode_pair(row, processor, args)
-
-    rows = PromptRows(args, encode, stage.folder / "bad_rows.jsonl")
+    rows = PromptRows(args, lambda row: encode_pair(row, processor, args), stage.folder / "bad_rows.jsonl")
     return MPOTrainer(
         stage.model,
         None if args.lora is not None else load_policy(args.model, args).eval(),
         stage_args=args,
-        resumed=stage.resumed,
         saved=stage.saved,
         args=config,
         train_dataset=places(args.steps * args.global_batch_size),

@@ -14,19 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .data import KINDS, TOKEN_INPUTS, Blend, Stream, cost_of, encode_row, frame_patches, hashed
+from .data import KINDS, TOKEN_INPUTS, Blend, Stream, cost_of, encode_row, frame_patches, hashed, row_error
 from .media import OmniInputError
+from .modeling_omni import MEDIA_FEATURES
 
-# Inputs whose first dimension is items or patches of the whole batch, not rows.
+# Inputs whose first dimension is items, patches or tokens of the whole batch, not rows.
 FLAT_INPUTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-    "video_keep_tokens",
-    "audio_clip_counts",
+    *("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "video_keep_tokens"),
+    *("audio_clip_counts", *MEDIA_FEATURES),
 )
 BAD_ROWS_BASE = 1000  # the share of bad rows is taken of at least so many rows of a lane
 BAD_ROWS_SPAN = 10_000  # and of about the last so many
@@ -90,19 +88,22 @@ def collate_rows(rows: list[list[dict]], length: int | None = None) -> dict[str,
             batch["labels"][number, start] = -100  # the first token of a document follows nothing
             batch["seq_idx"][number, start:stop] = document
             start = stop
-    ordered = [sample for row in rows for sample in row]
+    return batch | join_media([sample for row in rows for sample in row])
+
+
+def join_media(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Media of encoded samples, or their features, in order -> those of one batch; sound is padded to the longest."""
+    media = {}
     for name in FLAT_INPUTS:
-        parts = [sample[name] for sample in ordered if name in sample]
+        parts = [sample[name] for sample in samples if name in sample]
         if parts:
-            batch[name] = torch.cat(parts)
-    features = [sample["input_features"] for sample in ordered if "input_features" in sample]
-    if features:
-        masks = [sample["input_features_mask"] for sample in ordered if "input_features" in sample]
-        frames = max(feature.shape[1] for feature in features)
-        pad = torch.nn.functional.pad
-        batch["input_features"] = torch.cat([pad(f, (0, 0, 0, frames - f.shape[1])) for f in features])
-        batch["input_features_mask"] = torch.cat([pad(m, (0, frames - m.shape[1])) for m in masks])
-    return batch
+            media[name] = torch.cat(parts)
+    for name in ("input_features", "input_features_mask"):
+        parts = [sample[name] for sample in samples if name in sample]
+        if parts:
+            frames, rest = max(part.shape[1] for part in parts), (0, 0) * (parts[0].dim() - 2)
+            media[name] = torch.cat([F.pad(part, (*rest, 0, frames - part.shape[1])) for part in parts])
+    return media
 
 
 def row_limits(args) -> dict:
@@ -123,14 +124,12 @@ class PackedRows(IterableDataset):
         blend: what stands at which place.
         rows, row_tokens: shape of a batch.
         rank, world: of the data-parallel processes (context-parallel peers, which share a batch, share a rank).
-        media_tokens: the most media that a row may have, in positions of the towers (`cost_of`).
-        cut_long: cut text at the end of too long samples instead of dropping them (`encode_row`).
-        max_frames: of a video.
         patches_per_frame: target patches of video frames; each sample draws one of them, for all its videos.
         window: rows' worth of samples that are held back to choose from, with their pixels (up to 24 KB a token in
             every loader worker). Default: 4; 1 for rows of 32,768 tokens and more, which hold many samples anyway.
         bad_rows: JSONL file that names every row left out: file, row, reason.
         max_bad_share: of rows left out among a reader's last 5,000 to 10,000, above which training stops.
+        limits: of `encode_row`: `media_tokens`, `cut_long`, `max_frames`.
 
     A batch has the tensors of `collate_rows` and "info": samples, names (file and row of each), packing (share of
     places that are not padding), trained (tokens with a label), tokens of each kind, media (cost of every row), read
@@ -145,19 +144,16 @@ class PackedRows(IterableDataset):
         row_tokens: int,
         rank: int = 0,
         world: int = 1,
-        media_tokens: int | None = None,
-        cut_long: bool = False,
-        max_frames: int | None = None,
         patches_per_frame: list[int] | None = None,
         window: int | None = None,
         bad_rows: str | Path | None = None,
         max_bad_share: float = 0.05,
+        **limits,
     ):
         self.blend, self.processor, self.rows, self.row_tokens = blend, processor, rows, row_tokens
         self.rank, self.world = rank, world
         self.window = (4 if row_tokens < LONG_ROW else 1) if window is None else window
-        self.limits = {"row_tokens": row_tokens, "media_tokens": media_tokens, "cut_long": cut_long}
-        self.limits |= {} if max_frames is None else {"max_frames": max_frames}
+        self.limits = {"row_tokens": row_tokens, **limits}
         self.patches_per_frame, self.bad_rows, self.max_bad_share = patches_per_frame, bad_rows, max_bad_share
         self.state = {"batches": 0, "workers": None, "world": world, "lanes": {}}
 
@@ -202,9 +198,7 @@ class PackedRows(IterableDataset):
                 streams[blend.source_at(place)].go_to(at)
             file, row, sample = self._read(place, streams)
             if isinstance(sample, Exception):  # usable when it was read first, and gone since
-                counts["bad"] += 1
-                recent["bad"] += 1
-                self._report(file, row, sample, recent)
+                self._report(file, row, sample, counts, recent)
                 continue
             waiting.append((place, at, file, row, sample))
         for source, at in position.get("streams", {}).items():
@@ -223,14 +217,12 @@ class PackedRows(IterableDataset):
                     recent = Counter({name: count // 2 for name, count in recent.items()})
                 file, row, sample = self._read(place, streams)
                 if isinstance(sample, Exception):
-                    counts["bad"] += 1
-                    recent["bad"] += 1
-                    self._report(file, row, sample, recent)
+                    self._report(file, row, sample, counts, recent)
                     continue
                 waiting.append((place, at, file, row, sample))
                 costs.append(cost_of(sample))
                 tokens += costs[-1][0]
-            packed, _ = pack_rows(costs, self.row_tokens, tokens // self.row_tokens, self.limits["media_tokens"])
+            packed, _ = pack_rows(costs, self.row_tokens, tokens // self.row_tokens, self.limits.get("media_tokens"))
             fill = [sum(costs[item][0] for item in row) for row in packed]
             # the fullest rows, but the oldest sample waits no more
             order = sorted(range(len(packed)), key=lambda row: (0 not in packed[row], -fill[row]))
@@ -270,18 +262,19 @@ class PackedRows(IterableDataset):
         except Exception as error:  # whatever one row does, it is named and the run goes on
             return file, row, error
 
-    def _report(self, file: str, row: int, error: Exception, counts: dict[str, int]) -> None:
-        kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
-        reason = kind + str(error).removeprefix(f"{file}, row {row}: ")
+    def _report(self, file: str, row: int, error: Exception, counts: dict[str, int], recent: Counter) -> None:
+        counts["bad"] += 1
+        recent["bad"] += 1
+        reason = row_error(error, f"{file}, row {row}: ")
         if self.bad_rows is not None:
             with open(self.bad_rows, "a") as report:  # one short write each, so that readers may share the file
                 report.write(json.dumps({"file": file, "row": row, "reason": reason}) + "\n")
-        if counts["bad"] > self.max_bad_share * max(counts["read"], BAD_ROWS_BASE):
+        if recent["bad"] > self.max_bad_share * max(recent["read"], BAD_ROWS_BASE):
             raise OmniInputError(
-                f"{counts['bad']} of the last {counts['read']} rows cannot be used; limit {self.max_bad_share:.1%} "
+                f"{recent['bad']} of the last {recent['read']} rows cannot be used; limit {self.max_bad_share:.1%} "
                 f"(max_bad_share; at least {BAD_ROWS_BASE} rows count); the last one, {file}, row {row}: {reason}; "
                 f"{'see ' + str(self.bad_rows) if self.bad_rows else 'check the data'}"
             )
 
 
-__all__ = ["PackedRows", "collate_rows", "pack_rows", "row_limits"]
+__all__ = ["PackedRows", "collate_rows", "join_media", "pack_rows", "row_limits"]

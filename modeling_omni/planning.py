@@ -113,9 +113,8 @@ def block_bytes(config: OmniConfig, kind: str, b: int) -> float:
         inner, C, N = llm.mamba_intermediate_size, llm.mamba_conv_size, llm.ssm_state_size
         H, P = llm.mamba_num_heads, llm.mamba_head_dim
         elements = ssd.SCAN_ELEMENTS * ssd.TRAINING_FACTOR
-        run = ssd.SCAN_CHUNK * ssd.chunks_at_once(
-            1, H, max(ssd.SCAN_CHUNK**2, P * N), elements
-        )  # a state is kept of each
+        largest = max(ssd.SCAN_CHUNK**2, P * N)
+        run = ssd.SCAN_CHUNK * ssd.chunks_at_once(1, H, largest, elements)  # a state is kept of each
         projected = b * (inner + C + H) + 12 * H  # in_proj's output; dt before and after softplus and clamp, float32
         return norm + projected + b * C + 4 * inner * N / run + 4 * inner + b * inner
     if kind == "E":
@@ -290,7 +289,7 @@ def stage_memory(
 # ---- a stage on given machines ----
 
 
-def plan(args, gpus: int = 8, gpu_gib: float = 80, host_gib: float = 1024, config: OmniConfig | None = None) -> dict:
+def plan(args, gpus: int = 8, gpu_gib: float = 80, host_gib: float = 1024) -> dict:
     """Whether a stage fits on one node under ZeRO-3 in bfloat16 (configs/accelerate/zero3*.yaml), and how.
 
     Tried in this order, until one fits: as configured (degrees of parallelism that divide the GPUs); every part
@@ -304,9 +303,7 @@ def plan(args, gpus: int = 8, gpu_gib: float = 80, host_gib: float = 1024, confi
         first that fits; or None. "counts": `count_parameters`. "tokens_per_step", "steps" for `train_tokens` (0 if not
         known). "sizes": where the model's sizes are from.
     """
-    sizes = "the given configuration"
-    if config is None:
-        config, sizes = stage_config(args)
+    config, sizes = stage_config(args)
     counts = count_parameters(config, args.train, args.lora)
     trained = {group for group, pair in counts.items() if pair[0]}
     in_use = trained | {f"{name}_projector" for name in ("vision", "audio") if name in trained} | {"language"}

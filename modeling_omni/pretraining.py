@@ -29,7 +29,7 @@ from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import OmniImageProcessor
 from .modeling_audio import OmniAudioModel, init_audio_weights
 from .modeling_vision import OmniVisionModel, init_vision_weights
-from .training import GROUPS, cosine_factor, kind_of, make_optimizers
+from .training import GROUPS, _key, cosine_factor, kind_of, make_optimizers
 from .video_processing_omni import OmniVideoProcessor
 
 IGNORE = -100
@@ -45,19 +45,17 @@ class TowerArguments:
     tower: str = field(metadata={"help": "vision or audio"})
     model_config: str = field(metadata={"help": "YAML of an OmniConfig with the tower's sizes"})
     output_dir: str = field(metadata={"help": "folder for checkpoints, logs and tower.safetensors"})
-    steps: int = field(default=3000, metadata={"help": "optimizer steps"})
-    samples_per_step: int = field(default=32, metadata={"help": "pictures and clips, or utterances, per step"})
-    video_share: float = field(default=0.25, metadata={"help": "vision: share of clips among the samples"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate"})
-    warmup_fraction: float = field(default=0.05, metadata={"help": "share of steps of linear warm-up"})
-    weight_decay: float = field(default=0.05, metadata={"help": "weight decay of matrices"})
-    optimizer: str = field(
-        default="adamw", metadata={"help": "adamw, or muon: Muon on hidden matrices, AdamW on the rest"}
-    )
-    seed: int = field(default=0, metadata={"help": "seed of data order and starting weights"})
-    save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
-    eval_every: int = field(default=1000, metadata={"help": "steps between held-out tests"})
-    workers: int = field(default=1, metadata={"help": "data loader processes"})
+    steps: int = _key(3000, "optimizer steps")
+    samples_per_step: int = _key(32, "pictures and clips, or utterances, per step")
+    video_share: float = _key(0.25, "vision: share of clips among the samples")
+    learning_rate: float = _key(1e-3, "peak learning rate")
+    warmup_fraction: float = _key(0.05, "share of steps of linear warm-up")
+    weight_decay: float = _key(0.05, "weight decay of matrices")
+    optimizer: str = _key("adamw", "adamw, or muon: Muon on hidden matrices, AdamW on the rest")
+    seed: int = _key(0, "seed of data order and starting weights")
+    save_every: int = _key(500, "steps between checkpoints")
+    eval_every: int = _key(1000, "steps between held-out tests")
+    workers: int = _key(1, "data loader processes")
 
 
 class VisionBatches(Dataset):

@@ -153,15 +153,12 @@ class OmniProcessor(ProcessorMixin):
             text: what the model wrote, with `<think>` or without (the generation prompt opens it).
             thinking: the prompt opened `<think>`; an output that never closes it is then all reasoning.
         """
+        text = text.removesuffix("<|im_end|>").removesuffix("</s>")
         head, closed, tail = text.partition("</think>")
         opened = head.lstrip().startswith("<think>")
         head = head.lstrip().removeprefix("<think>") if opened else head
         if closed:
-            for end in ("<|im_end|>", "</s>"):
-                tail = tail.removesuffix(end)
             return head.strip(), tail.strip()
-        for end in ("<|im_end|>", "</s>"):
-            head = head.removesuffix(end)
         return (head.strip(), "") if opened or thinking else ("", head.strip())
 
     # ---------------------------------------------------------------------------------------------- calls

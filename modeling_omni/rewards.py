@@ -24,7 +24,7 @@ from .metrics_instructions import check_instructions
 from .rewards_answers import chosen_letters, first_point, is_abstention, options_of, plain_number, point_of
 from .rewards_math import math_equal
 from .rewards_speech import asr_wer
-from .rewards_text import plain_form
+from .rewards_text import pair_up, plain_form
 
 MAX_CHARS = 1_000_000  # of a prediction; longer ones score 0
 MAX_ANSWER_CHARS = 100_000  # of an answer compared as text
@@ -263,15 +263,8 @@ def tool_call(prediction: str, gold, prompt_opened_think: bool | None = None) ->
         answer, blocks, extra = thinking
         if prompt_opened_think is not None and (blocks != int(prompt_opened_think) or extra):
             return 0.0
-        calls, left = parse_tool_calls(without_end_marks(answer)), gold_calls(gold)
-        if len(calls) != len(left):
-            return 0.0
-        for call in calls:
-            match = next((i for i, wanted in enumerate(left) if same_call(call, wanted)), None)
-            if match is None:
-                return 0.0
-            del left[match]
-        return 1.0
+        calls, wanted = parse_tool_calls(without_end_marks(answer)), gold_calls(gold)
+        return float(len(calls) == len(wanted) and pair_up(calls, wanted, same_call))
     except (ValueError, RecursionError):
         return 0.0
 

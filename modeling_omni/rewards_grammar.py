@@ -126,14 +126,8 @@ def clean(text: str) -> str:
         raise NotMath("digits left out")
     text = REALS.sub(r"(-\\infty,\\infty)", re.sub(r"(?<=[0-9]) ?[xX] ?(?=10(?:\^|\*\*))", "*", text))
     text = "".join(UNICODE_MATH.get(char, char) for char in text)
-    text = (
-        text.replace("\\\\", "\\newrow ")
-        .replace("{,}", ",")
-        .replace("\\$", "")
-        .replace("$", "")
-        .replace("\\(", "")
-        .replace("\\)", "")
-    )
+    text = text.replace("\\\\", "\\newrow ").replace("{,}", ",")
+    text = re.sub(r"\\?\$|\\[()]", "", text)
     text = re.sub(r"(?<=[0-9])\\[,! ](?=[0-9]{3}(?![0-9]))", "", text.replace("\\!", ""))
     text = SPACING.sub(" ", text).replace("\\ ", " ").replace("\\[", "").replace("\\]", "")
     text = re.sub(r"\\[dtc]frac(?![a-z])", r"\\frac", text)
@@ -177,6 +171,18 @@ class Parser:
         if not self.take(sign):
             raise NotMath(f"expected {sign!r}")
 
+    def deeper(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise NotMath("too deep")
+
+    def minus(self) -> bool:
+        """Takes any number of signs: whether they come to a minus."""
+        negative = False
+        while sign := self.take("+", "-"):
+            negative ^= sign == "-"
+        return negative
+
     def answer(self):
         """Items apart by commas, semicolons, "and", "or"; each a relation."""
         items = [self.relation()]
@@ -219,9 +225,7 @@ class Parser:
         return left
 
     def sum(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise NotMath("too deep")
+        self.deeper()
         terms = [self.signed()]
         while True:
             if sign := self.take("+", "-"):
@@ -238,9 +242,7 @@ class Parser:
 
     def signed(self):
         """A term behind any number of signs."""
-        negative = False
-        while sign := self.take("+", "-"):
-            negative ^= sign == "-"
+        negative = self.minus()
         if self.peek()[:2] in (("command", "pm"), ("command", "mp")):
             sign = 1 if self.peek()[1] == "pm" else -1
             self.at += 1
@@ -252,10 +254,7 @@ class Parser:
         factors = [(self.factor(), 1)]
         while True:
             if sign := self.take("*", "/"):
-                negative = False
-                while again := self.take("+", "-"):
-                    negative ^= again == "-"
-                factor = self.factor()
+                negative, factor = self.minus(), self.factor()
                 factors.append((("neg", factor) if negative else factor, 1 if sign == "*" else -1))
             elif self.starts_factor():
                 factors.append((self.factor(), 1))
@@ -269,17 +268,7 @@ class Parser:
             return value in ("(", "[", "{") or (value == "|" and not self.bars)
         if kind == "letters":
             return value.lower() not in ("and", "or", "u")
-        return kind == "command" and value not in (
-            "cup",
-            "in",
-            "pm",
-            "mp",
-            "end",
-            "degree",
-            "choose",
-            "rfloor",
-            "rceil",
-        )
+        return kind == "command" and value not in "cup in pm mp end degree choose rfloor rceil".split()
 
     def factor(self):
         base = self.primary()
@@ -299,12 +288,8 @@ class Parser:
 
     def exponent(self):
         """An exponent, right-associative: 2^3^2 is 2^9."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise NotMath("too deep")
-        negative = False
-        while sign := self.take("+", "-"):
-            negative ^= sign == "-"
+        self.deeper()
+        negative = self.minus()
         tree = self.primary()
         if self.take("^"):
             tree = ("pow", tree, self.exponent())
@@ -343,9 +328,7 @@ class Parser:
         return ("num", Fraction(mantissa.rstrip(".")) * Fraction(10) ** int(power or 0))
 
     def primary(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise NotMath("too deep")
+        self.deeper()
         tree = self.atom()
         self.depth -= 1
         return tree
@@ -525,9 +508,9 @@ def parse(text: str) -> tuple[tuple, str, bool]:
     tokens = tokens_of(text)
     percent, unit = False, []
     # degrees at the end are a unit, except of an angle: sin 30 degrees
-    ends = (
-        ("%", "percent") if any(value in FUNCTIONS for _, value, _ in tokens) else ("%", "percent", "degree", "degrees")
-    )
+    ends = ("%", "percent")
+    if not any(value in FUNCTIONS for _, value, _ in tokens):
+        ends += ("degree", "degrees")
     while len(tokens) > 1 and tokens[-1][1].strip().lower() in ends:
         percent |= tokens.pop()[1].strip().lower() in ("%", "percent")
     start = next((i for i in range(1, len(tokens)) if starts_unit(tokens, i)), None)

@@ -13,7 +13,7 @@ from fractions import Fraction
 from math import comb, factorial, isqrt
 
 from .rewards_grammar import FUNCTION_OF, FUNCTIONS, GOES_ON, GREEK, UNNAMED, NotMath, clean, parse
-from .rewards_text import plain_form, unwrap
+from .rewards_text import pair_up, plain_form, unwrap
 
 MAX_LENGTH = 1000  # characters; longer answers are compared as text only
 MAX_NODES = 20_000  # operations over all comparisons of one answer
@@ -314,13 +314,7 @@ def same_items(a: list, b: list, values: Values, ordered: bool) -> bool:
         return False
     if ordered:
         return all(same(one, two, values) for one, two in zip(a, b))
-    left = list(b)
-    for one in a:
-        match = next((i for i, two in enumerate(left) if same(one, two, values)), None)
-        if match is None:
-            return False
-        del left[match]
-    return True
+    return pair_up(a, b, lambda one, two: same(one, two, values))
 
 
 def same_relations(a, b, values: Values) -> bool:
@@ -337,16 +331,12 @@ def same_relations(a, b, values: Values) -> bool:
                 left, sign, right = right, flip[sign], left
             rows.append((sign, ("add", [left, ("neg", right)])))
         steps.append(rows)
-    left = list(steps[1])
-    for sign, tree in steps[0]:
-        how = "any" if sign in ("=", "!=") else "positive"
-        match = next(
-            (i for i, row in enumerate(left) if row[0] == sign and same_numbers(tree, row[1], values, how)), None
-        )
-        if match is None:
-            return False
-        del left[match]
-    return True
+
+    def alike(one, two) -> bool:
+        how = "any" if one[0] in ("=", "!=") else "positive"
+        return one[0] == two[0] and same_numbers(one[1], two[1], values, how)
+
+    return pair_up(*steps, alike)
 
 
 def same(a, b, values: Values) -> bool:

@@ -4,6 +4,7 @@ without wrappers of LaTeX and Markdown. Everything takes time linear in the text
 
 import re
 import unicodedata
+from collections.abc import Callable
 
 WRAPPERS = (
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt|bb|cal)|[mh]box|emph|underline|f?boxed|bm"
@@ -68,3 +69,14 @@ def plain_form(text: str) -> str:
         if text == before:
             break
     return text
+
+
+def pair_up(ones: list, others: list, fits: Callable) -> bool:
+    """Whether every one finds another of its own that `fits(one, other)`: the first that is left."""
+    left = list(others)
+    for one in ones:
+        match = next((i for i, other in enumerate(left) if fits(one, other)), None)
+        if match is None:
+            return False
+        del left[match]
+    return True

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
 from PIL import Image
 from transformers import GenerationConfig
 from transformers.integrations import TensorBoardCallback
@@ -38,27 +37,23 @@ from .checkpointing import (
     write_checkpoint,
 )
 from .configuration_omni import OmniConfig, resolve_checkpoint
-from .data import Blend, TooLong, check_sources, cost_of, media_kinds
+from .data import Blend, TooLong, check_sources, cost_of, media_kinds, row_error
 from .data_adapters import adapt_prompt
-from .lora import add_lora, load_adapter, lora_table, save_adapter
+from .distributed import bare_model
+from .lora import lora_table, save_adapter, start_lora
 from .media import OmniInputError, load_image
-from .modeling_omni import OmniForConditionalGeneration
+from .modeling_omni import MEDIA_TENSORS, OmniForConditionalGeneration
+from .packing import BAD_ROWS_BASE
 from .processing_omni import OmniProcessor
 from .prompt_omni import media_source
 from .reporting import append_line, evaluate, parameter_table, write_model_card
-from .training import GROUPS, _key, group_of, parameter_groups
+from .training import GROUPS, _key, check_choices, group_of, parameter_groups
 
 logger = logging.getLogger(__name__)
 
 MEDIA_GROUPS = ("vision", "vision_projector", "audio", "audio_projector")
-MEDIA_TENSORS = (
-    *("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"),
-    *("input_features", "input_features_mask"),
-)
-KINDS = ("image_features", "video_features", "audio_features")
 # what a decoded answer may hold as structure; everything else in it is text, whatever it spells
 ANSWER_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-BAD_ROWS_BASE = 1000  # the share of bad rows is taken of at least so many
 LOGGED_SIDE = 512  # of a logged picture's longer side, in pixels
 REPLACEMENTS = 64  # places tried instead of one whose row cannot be used
 FAR = 2**32  # where these begin: no stage is that long
@@ -152,21 +147,8 @@ def trl_config(cls, args: RLArguments, **settings):
 
 def check_arguments(args: RLArguments) -> None:
     """Raises for what would otherwise fail only when it is needed."""
-    from .nano_data import GROUNDING_SKILLS, SKILLS
-
     check_sources(args.data)
-    choices = {
-        "train": (args.train, GROUPS),
-        "group_learning_rates": (args.group_learning_rates, GROUPS),
-        "schedule": ([args.schedule], ["constant", "cosine"]),
-        "dtype": ([args.dtype], ["float32", "bfloat16"]),
-        "final_dtype": ([args.final_dtype], [None, "float32", "bfloat16"]),
-        "eval_skills": (args.eval_skills, ["all", *SKILLS, *GROUNDING_SKILLS]),
-    }
-    for key, (given, known) in choices.items():
-        unknown = [value for value in given if value not in known]
-        if unknown:
-            raise OmniInputError(f"{key}: unknown {unknown}; known: {list(known)}")
+    check_choices(args, schedule=["constant", "cosine"], dtype=["float32", "bfloat16"])
     if any(source.get("streaming") for source in args.data):
         raise OmniInputError("data: a streamed source has no places; drop streaming")
     if args.lora is not None and args.final_dtype:
@@ -207,29 +189,23 @@ class PromptRows:
                 return self.encode(content)
             except Exception as error:  # whatever one row does, it is named and the run goes on
                 self._report(file, row, error)
-        raise OmniInputError(f"{REPLACEMENTS} rows in a row cannot be used; see {self.bad_rows}: {self._newest()}")
+        reason = f"{file}, row {row}: {self.bad[file, row]['reason']}"
+        raise OmniInputError(f"{REPLACEMENTS} rows in a row cannot be used; see {self.bad_rows}: {reason}")
 
     def _report(self, file: str, row: int, error: Exception) -> None:
-        reason = row_error(error, f"{file}, row {row}: ")
         if (file, row) not in self.bad:
-            self.bad[file, row] = reason
-            with open(self.bad_rows, "a") as report:
-                report.write(json.dumps({"file": file, "row": row, "reason": reason}) + "\n")
-        if len(self.bad) > self.max_bad_share * max(BAD_ROWS_BASE, min(self.read, len(self))):
-            raise OmniInputError(
-                f"{len(self.bad)} rows cannot be used, over max_bad_share {self.max_bad_share}; see {self.bad_rows}: "
-                + self._newest()
-            )
-
-    def _newest(self) -> str:
-        (file, row), reason = list(self.bad.items())[-1]
-        return f"{file}, row {row}: {reason}"
+            self.bad[file, row] = {"file": file, "row": row, "reason": row_error(error, f"{file}, row {row}: ")}
+            append_line(self.bad_rows, self.bad[file, row])
+        check_bad_share([*self.bad.values()], min(self.read, len(self)), self.max_bad_share, self.bad_rows)
 
 
-def row_error(error: Exception, name: str = "") -> str:
-    """What is wrong with a row, without its name in front; of what is not ours, with its kind."""
-    kind = "" if isinstance(error, OmniInputError) else f"{type(error).__name__}: "
-    return kind + str(error).removeprefix(name)
+def check_bad_share(bad: list[dict], count: int, share: float, path: Path) -> None:
+    """Raises where of `count` rows too many cannot be used; `path` names them all."""
+    if len(bad) > share * max(BAD_ROWS_BASE, count):
+        raise OmniInputError(
+            f"{len(bad)} of {count} rows cannot be used, over max_bad_share {share}; see {path}: "
+            "{file}, row {row}: {reason}".format(**bad[-1])
+        )
 
 
 def places(count: int):
@@ -301,10 +277,10 @@ def decoded(ids: list[int], processor) -> str:
 # ---- media ----
 
 
-def bare_model(model) -> OmniForConditionalGeneration:
-    """Our model inside of DDP or an engine and of adapters."""
-    model = model_inside(model)
-    return model.get_base_model() if is_peft_model(model) else model
+def encode_media(model: OmniForConditionalGeneration, prompt: dict) -> dict[str, torch.Tensor]:
+    """Features of one prompt's media: every tower once."""
+    media = {name: value.to(model.device) for name, value in prompt["media"].items()}
+    return model.model.encode_media(**media) if media else {}
 
 
 def media_params(model) -> list[torch.nn.Parameter]:
@@ -314,14 +290,15 @@ def media_params(model) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in named if name.startswith(starts) and parameter.requires_grad]
 
 
-def join_features(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Features of every row, in order -> those of the batch, for `forward`."""
-    joined = {}
-    for kind in KINDS:
-        parts = [row[kind] for row in rows if kind in row]
-        if parts:
-            joined[kind] = torch.cat(parts)
-    return joined
+def reduce_gradients(accelerator, parameters: list[torch.nn.Parameter], how: str) -> None:
+    """The "sum" or "mean" of gradients over all processes; one without tokens for a parameter counts with zeros."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        found = torch.tensor(float(parameter.grad is not None), device=parameter.device)
+        if accelerator.reduce(found, "sum") > 0:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(gradient, how)
 
 
 # ---- training ----
@@ -332,13 +309,11 @@ class OmniTrainer:
 
     Args:
         stage_args: of this stage.
-        resumed: the checkpoint that `model` came from, if any, and what `find_checkpoint` read from it.
+        saved: what `find_checkpoint` read from the checkpoint that `model` came from.
     """
 
-    def __init__(
-        self, *args, stage_args: RLArguments, resumed: Path | None = None, saved: dict | None = None, **kwargs
-    ):
-        self.stage_args, self.resumed, self.saved = stage_args, resumed, saved or {}
+    def __init__(self, *args, stage_args: RLArguments, saved: dict, **kwargs):
+        self.stage_args, self.saved = stage_args, saved
         self.samples, self.picture = [], None  # for the next log line, and the part with the first picture in them
         self.writer = None
         super().__init__(*args, **kwargs)
@@ -350,12 +325,9 @@ class OmniTrainer:
             self.add_callback(TensorBoardCallback(self.writer))
 
     def encode(self, model, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Features of one prompt's media: every tower once."""
-        if not media:
-            return {}
+        """`encode_media` in the precision of training."""
         with self.accelerator.autocast():
-            media = {name: value.to(self.accelerator.device) for name, value in media.items()}
-            return bare_model(model).model.encode_media(**media)
+            return encode_media(bare_model(model), {"media": media})
 
     def create_optimizer(self, model=None):
         """TRL's optimizer (`optim` and its arguments) over our groups, with their decays and rates."""
@@ -466,11 +438,8 @@ def open_stage(args: RLArguments) -> Stage:
     if resumed and args.lora is None:  # TRL and transformers have written into those of a checkpoint
         start = load_configs(args.model)
         configs = (start[0], start[1] or configs[1])
-    if args.lora is not None and resumed:
-        model = load_adapter(model, resumed, trainable=True)
-    elif args.lora is not None:
-        torch.manual_seed(args.seed)
-        model = add_lora(model, args.lora)
+    if args.lora is not None:
+        model = start_lora(model, args.lora, resumed, args.seed)
     parameter_groups(model, args)  # freezes
     settings = yaml.safe_dump(dataclasses.asdict(args), sort_keys=False)
     if state.is_main_process:

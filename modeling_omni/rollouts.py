@@ -21,7 +21,7 @@ from transformers import LogitsProcessor
 from .checkpointing import write_atomically
 from .configuration_omni import resolve_checkpoint
 from .conversation import end_tokens
-from .data import Source, check_sources, hashed
+from .data import Source, check_sources, hashed, row_error
 from .data_adapters import KINDS, adapt_prompt
 from .distributed import make_accelerator
 from .filtering import (
@@ -35,10 +35,11 @@ from .filtering import (
 )
 from .inference import load, suppressed_tokens
 from .media import OmniInputError
+from .packing import join_media
 from .processing_omni import OmniProcessor
 from .prompt_omni import source_keys
 from .rewards import check_gold
-from .rl_training import BAD_ROWS_BASE, encode_prompt, join_features, row_error
+from .rl_training import check_bad_share, encode_media, encode_prompt
 from .training import _key
 
 REWARDS = ("format", "answer", "text")
@@ -93,12 +94,6 @@ def padded_prompts(prompts: list[dict], pad_id: int, device) -> dict[str, torch.
     return batch
 
 
-def encode_media(model, prompt: dict) -> dict[str, torch.Tensor]:
-    """Features of one prompt's media: every tower once."""
-    media = {name: value.to(model.device) for name, value in prompt["media"].items()}
-    return model.model.encode_media(**media) if media else {}
-
-
 @torch.no_grad()
 def sample_ids(
     model,
@@ -130,7 +125,7 @@ def sample_ids(
     ends = answer_ends(model, processor)
     ids = model.generate(
         **batch,
-        **join_features([features[i] for i in places]),
+        **join_media([features[i] for i in places]),
         do_sample=False,
         max_new_tokens=max_new_tokens,
         suppress_tokens=suppressed_tokens(model, processor),
@@ -334,11 +329,7 @@ def check_bad_rows(args: RolloutArguments, bad: list[dict], count: int, write: b
     path = Path(args.output_dir) / BAD_ROWS_FILE
     if write and (bad or path.exists()):
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in bad))
-    if len(bad) > args.max_bad_share * max(BAD_ROWS_BASE, count):
-        raise OmniInputError(
-            f"{len(bad)} of {count} rows cannot be used, over max_bad_share {args.max_bad_share}; see {path}: "
-            "{file}, row {row}: {reason}".format(**bad[-1])
-        )
+    check_bad_share(bad, count, args.max_bad_share, path)
 
 
 def left_out(bad: list[dict]) -> str:

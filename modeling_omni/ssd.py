@@ -65,6 +65,11 @@ def cuda_kernels(kernels: str, x: torch.Tensor, package: str | None = None) -> b
     return active and package not in _MISSING
 
 
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will record what is done with these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 # ---- the scan ----
 
 
@@ -102,7 +107,7 @@ def ssd_scan(
         y, state = mamba_chunk_scan_combined(x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, chunk_size=128, **options)
         return y.float(), state
     tensors = (x_BSHP, dt_BSH, A_H, B_BSGN, C_BSGN, state_BHPN, D_H)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_grad(*tensors):
         return _SSDScan.apply(*tensors, seq_idx, chunk)
     return _scan(*tensors, seq_idx, chunk, SCAN_ELEMENTS)
 
@@ -386,7 +391,7 @@ def causal_conv1d(
         channels_last = x_BSC.contiguous().transpose(1, 2)
         return causal_conv1d_fn(channels_last, weight, bias, seq_idx=documents, activation="silu").transpose(1, 2)
     tensors = (x_BSC, weight_CK, bias_C)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_grad(*tensors):
         return _CausalConv1d.apply(*tensors, seq_idx)
     return _convolved(*tensors, seq_idx)
 

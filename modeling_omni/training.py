@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import distributed
+from .checkpoint import GROUPS
 from .checkpointing import (
     find_checkpoint,
     load_optimizers,
@@ -38,13 +39,11 @@ from .configuration_omni import OmniConfig, resolve_checkpoint
 from .context_parallel import context_group, set_context_parallel, shard_batch
 from .data import Blend, check_sources, measure_mean_tokens
 from .lora import (
-    add_lora,
     base_name,
     check_adapter_gradients,
-    load_adapter,
     lora_table,
-    quantize_experts_4bit,
     save_adapter,
+    start_lora,
     watch_adapter_gradients,
 )
 from .media import OmniInputError
@@ -53,23 +52,8 @@ from .packing import PackedRows, row_limits
 from .planning import LANGUAGE_KINDS, memory_estimate
 from .reporting import Previews, RouterLoad, evaluate, parameter_table, write_model_card
 
-# Group name -> what its parameters' names begin with; the longest that fits decides. The router is told by its place,
-# a draft head's own is part of the head.
-GROUPS = {
-    "language": "model.language_model.",
-    "embeddings": "model.language_model.embeddings.",
-    "head": "lm_head.",
-    "router": ".mixer.gate.",
-    "vision": "model.vision_tower.",
-    "vision_projector": "model.vision_projector.",
-    "audio": "model.audio_tower.",
-    "audio_projector": "model.audio_projector.",
-    "mtp": "mtp.",
-}
 # Parts whose activations can be computed again in the backward pass (paper 3.1.8) -> how their modules' names begin
 RECOMPUTED = {name: GROUPS[name] for name in ("language", "vision", "vision_projector", "audio", "audio_projector")}
-
-
 PIXELS = {"pixel_values", "pixel_values_videos"}
 
 
@@ -190,9 +174,6 @@ def parameter_groups(model, args: SFTArguments) -> list[dict]:
 
     Where the model carries adapters, they are what is trained, with the rate of the group they stand in.
     """
-    unknown = (set(args.train) | set(args.group_learning_rates)) - set(GROUPS)
-    if unknown:
-        raise ValueError(f"unknown parameter groups {sorted(unknown)}; known: {list(GROUPS)}")
     groups = {}
     for name, parameter in model.named_parameters():
         group = group_of(base_name(name))
@@ -287,26 +268,30 @@ def load_tower(model, group: str, path: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def check_arguments(args: SFTArguments, world: int, sharded: bool) -> None:
-    """Raises for what would otherwise fail only when it is needed, perhaps days later."""
+def check_choices(args, **choices) -> None:
+    """Raises OmniInputError for what a key cannot be; `choices`: those of keys that not every stage has."""
     from .nano_data import GROUNDING_SKILLS, SKILLS
 
+    choices |= {"train": GROUPS, "group_learning_rates": GROUPS, "final_dtype": [None, "float32", "bfloat16"]}
+    choices |= {"eval_skills": ["all", *SKILLS, *GROUNDING_SKILLS]}
+    for key, known in choices.items():
+        given = getattr(args, key)
+        unknown = [value for value in (given if isinstance(given, (list, dict)) else [given]) if value not in known]
+        if unknown:
+            raise OmniInputError(f"{key}: unknown {unknown}; known: {list(known)}")
+
+
+def check_arguments(args: SFTArguments, world: int, sharded: bool) -> None:
+    """Raises for what would otherwise fail only when it is needed, perhaps days later."""
     check_sources(args.data)
     for source in args.eval_data:
         check_sources([source])
-    choices = {
-        "train": (args.train, GROUPS),
-        "group_learning_rates": (args.group_learning_rates, GROUPS),
-        "recompute": (args.recompute, [*RECOMPUTED, *LANGUAGE_KINDS.values()]),
-        "eval_skills": (args.eval_skills, ["all", *SKILLS, *GROUNDING_SKILLS]),
-        "optimizer": ([args.optimizer], ["adamw", "muon"]),
-        "weight_of": ([args.weight_of], ["tokens", "rows"]),
-        "final_dtype": ([args.final_dtype], [None, "float32", "bfloat16"]),
-    }
-    for key, (given, known) in choices.items():
-        unknown = [value for value in given if value not in known]
-        if unknown:
-            raise OmniInputError(f"{key}: unknown {unknown}; known: {list(known)}")
+    check_choices(
+        args,
+        recompute=[*RECOMPUTED, *LANGUAGE_KINDS.values()],
+        optimizer=["adamw", "muon"],
+        weight_of=["tokens", "rows"],
+    )
     if args.lora is not None and (args.model is None or args.towers or args.final_dtype):
         raise OmniInputError("lora: adapters stand on a checkpoint: give `model`, and neither towers nor final_dtype")
     if sharded and args.towers:
@@ -369,13 +354,8 @@ def train_sft(args: SFTArguments, prepare: Callable | None = None, how: str | No
     distributed.prepare_expert_parallel(model, args.expert_parallel, accelerator)
     group = context_group(args.context_parallel)
     set_context_parallel(model, group)
-    if args.lora is not None and resumed:
-        if args.lora.get("base_4bit"):
-            quantize_experts_4bit(model)
-        model = load_adapter(model, resumed, trainable=True)
-    elif args.lora is not None:
-        torch.manual_seed(args.seed)
-        model = add_lora(model, args.lora)
+    if args.lora is not None:
+        model = start_lora(model, args.lora, resumed, args.seed)
     before = prepare(model, processor, accelerator.device) if prepare is not None else None
     recompute_activations(model, args.recompute)
     optimizers = make_optimizers(parameter_groups(model, args), args.optimizer)

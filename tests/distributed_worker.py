@@ -60,7 +60,7 @@ def optimizer_of(model) -> torch.optim.AdamW:
 
 def train_step(accelerator, model, optimizers, step, on_gradients=None) -> tuple[float, float]:
     """-> loss over the tokens of all processes, gradient norm."""
-    config = D._find(model).config
+    config = D.bare_model(model).config
     batches = [D.pad_missing_modalities(batch, config) for batch in batches_of(step, accelerator.process_index)]
     tokens = D.agree_on_step(accelerator, model, batches)
     for group in optimizers[0].param_groups:
@@ -123,7 +123,7 @@ def zero3(accelerator, folder: Path, name: str, expert_parallel: int, threshold:
         D.save_state(model, out / f"step-{step + 1}")
         accelerator.wait_for_everyone()
 
-    batch = D.pad_missing_modalities(batches_of(0, 0)[0], D._find(model).config)
+    batch = D.pad_missing_modalities(batches_of(0, 0)[0], D.bare_model(model).config)
     D.agree_on_step(accelerator, model, [batch])
     with D.microbatch(accelerator, model, True):
         bad = torch.nan if accelerator.process_index == 1 else 1.0  # on one process alone

@@ -51,7 +51,7 @@ def train(accelerator, base: str, folder: Path, case: str) -> None:
     watch, log = watch_adapter_gradients(model.module), {"losses": [], "waiting": []}
     for step in range(len(ROWS)):
         batch = batch_of(step, accelerator.process_index)
-        padded = D.pad_missing_modalities(batch, D._find(model).config)
+        padded = D.pad_missing_modalities(batch, D.bare_model(model).config)
         tokens = D.agree_on_step(accelerator, model, [padded])
         with D.microbatch(accelerator, model, True):
             items = tokens / accelerator.num_processes

@@ -54,6 +54,12 @@ def write_media(folder: Path) -> None:
             container.mux(stream.encode(None))
 
 
+def stage_values(folder: Path, name: str, rows: str) -> dict:
+    """Settings of a small stage from `folder/start` on a file of rows."""
+    values = {"output_dir": str(folder / name), "model": str(folder / "start"), "data": [{"path": str(folder / rows)}]}
+    return values | {"steps": 4, "save_every": 2, "learning_rate": 1e-3, "bf16": False}
+
+
 def prompt(kind: str, number: int) -> list[dict]:
     parts = PARTS[kind]
     return [{"role": "user", "content": [parts[number % len(parts)], {"type": "text", "text": " What is it?"}]}]

@@ -104,7 +104,7 @@ def test_cache_bytes_are_those_of_a_cache():
             values = [value for value in vars(layer).values() if isinstance(value, (torch.Tensor, dict))]
             tensors += [v for value in values for v in (value.values() if isinstance(value, dict) else [value])]
         held.append(sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor)) / 2)
-    per_token, fixed = cache_bytes(model.config.llm_config, 4)
+    per_token, fixed = cache_bytes(model.config.llm_config, itemsize=4)
     assert held[1] - held[0] == 15 * per_token and held[0] == 10 * per_token + fixed
 
 

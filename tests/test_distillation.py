@@ -26,8 +26,7 @@ from modeling_omni.distillation import (
 from modeling_omni.inference import load
 from modeling_omni.media import OmniInputError
 from modeling_omni.processing_omni import OmniProcessor
-from modeling_omni.rl_training import check_arguments, encode_prompt
-from modeling_omni.rollouts import encode_media
+from modeling_omni.rl_training import check_arguments, encode_media, encode_prompt
 from modeling_omni.training import group_of, load_arguments
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ from rl_tasks import (
     log_lines,
     prompt,
     save_policy,
+    stage_values,
     two_processes,
     weights,
     write_media,
@@ -89,22 +90,8 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, name, **changes) -> GSPOArguments:
-    values = {
-        "output_dir": str(folder / name),
-        "model": str(folder / "start"),
-        "data": [{"path": str(folder / "mixed.jsonl")}],
-        "steps": 4,
-        "save_every": 2,
-        "rollouts": 4,
-        "global_batch_size": 16,
-        "micro_batch_size": 4,
-        "updates": 2,
-        "prompt_tokens": 200,
-        "completion_tokens": 6,
-        "learning_rate": 1e-3,
-        "reward": "text",
-        "bf16": False,
-    }
+    values = stage_values(folder, name, "mixed.jsonl") | {"rollouts": 4, "global_batch_size": 16, "micro_batch_size": 4}
+    values |= {"updates": 2, "prompt_tokens": 200, "completion_tokens": 6, "reward": "text"}
     return GSPOArguments(**values | changes)
 
 

@@ -32,6 +32,7 @@ from modeling_omni.lora import (
     part_of,
     quantize_experts_4bit,
     save_adapter,
+    start_lora,
     watch_adapter_gradients,
 )
 from modeling_omni.modeling_audio import ConvolutionModule, OmniAudioModel, Subsampling
@@ -472,11 +473,12 @@ def test_zero3(base, tmp_path):
 # --- 4 bits
 
 
-def test_4bit_needs_bitsandbytes_and_a_gpu():
+@pytest.mark.parametrize("resumed", [None, Path("step-1")])  # every stage resumes above the base that it began on
+def test_4bit_needs_bitsandbytes_and_a_gpu(resumed):
     if torch.cuda.is_available():
         pytest.skip("a GPU is there")
     with pytest.raises(OmniInputError, match="needs bitsandbytes|needs a CUDA GPU"):
-        add_lora(tiny_model(), {"base_4bit": True})
+        start_lora(tiny_model(), {"base_4bit": True}, resumed, 0)
 
 
 def test_4bit_experts_train_adapters_above():

@@ -13,6 +13,7 @@ from rl_tasks import (
     log_lines,
     prompt,
     save_policy,
+    stage_values,
     two_processes,
     weights,
     write_media,
@@ -51,18 +52,7 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, name, **changes) -> MPOArguments:
-    values = {
-        "output_dir": str(folder / name),
-        "model": str(folder / "start"),
-        "data": [{"path": str(folder / "pairs.jsonl")}],
-        "steps": 4,
-        "save_every": 2,
-        "global_batch_size": 4,
-        "micro_batch_size": 2,
-        "learning_rate": 1e-3,
-        "beta": BETA,
-        "bf16": False,
-    }
+    values = stage_values(folder, name, "pairs.jsonl") | {"global_batch_size": 4, "micro_batch_size": 2, "beta": BETA}
     return MPOArguments(**values | changes)
 
 

@@ -129,8 +129,8 @@ def paint(picture: np.ndarray, mask: np.ndarray, x: int, y: int, colour) -> None
     region += alpha * (np.asarray(colour, np.float32) - region)
 
 
-def jittered(colour: str, rng: random.Random, amount: int = 16) -> tuple:
-    return tuple(min(255, max(0, c + rng.randint(-amount, amount))) for c in COLOURS[colour])
+def jittered(colour: str, rng: random.Random) -> tuple:
+    return tuple(min(255, max(0, c + rng.randint(-16, 16))) for c in COLOURS[colour])
 
 
 @cache
@@ -213,9 +213,9 @@ def draw_things(things: list[scenes.Thing], rng: random.Random) -> tuple[np.ndar
     return picture, inks
 
 
-def _write(picture, ground, word: str, box: tuple, rng: random.Random, split: str, face=None) -> list[Ink]:
+def _write(picture, ground, word: str, box: tuple, rng: random.Random, split: str) -> list[Ink]:
     """Paints a word or a number within box (left, top, right, bottom) in a random face, size and colour."""
-    face = face or rng.choice(fonts.faces(split))
+    face = rng.choice(fonts.faces(split))
     left, top, right, bottom = box
     cap_height, spacing = rng.uniform(*CAP_HEIGHTS), rng.uniform(0.0, 0.22)
     cap_height = min(cap_height, 0.8 * (bottom - top))
