@@ -445,6 +445,8 @@ def run_chat(options) -> int:
     model, processor = load_model(options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     interactive = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused with their message
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history of input()

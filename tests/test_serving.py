@@ -475,6 +475,31 @@ def test_full_queues_and_lost_time_are_said(scripted):
         assert late.choices[0].finish_reason == "length" and 1 < late.usage.completion_tokens < 10**5
 
 
+def test_time_that_is_over_while_the_prompt_is_read_is_said(scripted, monkeypatch):
+    rows = []
+
+    def recorded(*values, **options):
+        rows.append(Row(*values, **options))
+        return rows[-1]
+
+    def slow(*_):
+        running.wait_for(rows[-1].stopped)  # the next piece of the prompt is not begun
+
+    monkeypatch.setattr("modeling_omni.serving.Row", recorded)
+    model, processor = scripted
+    running = Running(model, processor, ServerLimits(seconds=0.5), cache_bytes=1024**2)
+    hook = model.model.register_forward_pre_hook(slow)
+    try:
+        started = time.monotonic()
+        with pytest.raises(openai.InternalServerError, match="time was over"):
+            running.ask("a question of some length", max_tokens=4)
+        assert time.monotonic() - started < 30
+        assert rows[0].finish_reason == "interrupted" and not rows[0].tokens
+    finally:
+        hook.remove()
+        running.close()
+
+
 def test_a_failing_model_fails_its_request_alone(scripted, monkeypatch):
     model, _ = scripted
     with endless(scripted) as running:
