@@ -82,12 +82,14 @@ def test_rows_of_every_kind_are_answered_and_scored(run, tmp_path):
         {"id": "lost", "prompt": "What?", "image": "nowhere.png", "answer": "a", "verifier": "string_match"},
         {"id": "typo", "prompt": "Copy: a", "answer": "a", "verifier": "string_mtach"},
         "{torn",
+        {"id": "list", "messages": ["Copy: a"], "verifier": "numeric"},
+        {"id": "args", "prompt": "Copy: a", "answer": "a", "verifier": "anls", "args": 3},
     ]  # fmt: skip
     file, out = write_rows(tmp_path / "mixed.jsonl", rows), tmp_path / "out"
     code, shown, err, _ = run("--data", file, "--metric", "anls", "--out", out)
     assert code == 0
     found = {line["id"]: line for line in read_lines(out / "mixed.predictions.jsonl")}
-    assert len(found) == 10 and sum("error" in line for line in found.values()) == 4
+    assert len(found) == 12 and sum("error" in line for line in found.values()) == 6
     assert found["copy"]["answer"] == "abc" and found["copy"]["prompt"].endswith("<think></think>")
     assert "Copy: abc" in found["copy"]["prompt"] and found["copy"]["media"] == {}
     tokens = found["place"]["tokens"]["image"]
@@ -95,7 +97,7 @@ def test_rows_of_every_kind_are_answered_and_scored(run, tmp_path):
     _, h, w = found["place"]["media"]["image_grid_thw"][0]
     assert h * w == 4 * tokens
     scores = {line["id"]: line for line in read_lines(out / "mixed.scores.jsonl")}
-    assert list(scores) == ["copy", "place", "wrong", "sft", "heard", "told", "gold", "lost", "typo", 9]
+    assert list(scores) == ["copy", "place", "wrong", "sft", "heard", "told", "gold", "lost", "typo", 9, "list", "args"]
     right = {name for name, line in scores.items() if line["score"] == 1}
     assert right == {"copy", "place", "sft", "told"} and scores["wrong"]["gold"] == "bottom left"
     assert scores["heard"]["words"] == 1 and scores["heard"]["word_errors"] >= 1
@@ -126,6 +128,7 @@ def test_goes_on_after_a_kill_and_refuses_other_settings(run, tmp_path):
     assert [line["id"] for line in read_lines(out / "mine.scores.jsonl")] == [0, 1, 3]  # spread over the file
     lines = first.splitlines(keepends=True)
     (out / "mine.predictions.jsonl").write_bytes(lines[0] + lines[1][:20])  # as a kill leaves it
+    assert run("--data", f"mine={file}", "--out", out, "--samples", 1)[::3] == (0, 0)  # its row is whole
     code, shown, _, loads = run("--data", f"mine={file}", "--out", out)
     assert (code, loads) == (0, 1) and "| mine |  | string_match | 100.0 | 56.6 to 100.0 | 5 | 0 |" in shown
     assert (out / "mine.predictions.jsonl").read_bytes().startswith(lines[0])
