@@ -527,6 +527,7 @@ def run_serve(options) -> int:
         defaults = {name: getattr(options, name) for name in (*names, "max_media_tokens", "max_prompt_tokens")}
         defaults |= {"thinking": options.think, "num_frames": options.frames}
         defaults["use_audio_in_video"] = False if options.audio_from_video == "off" else None
+        defaults["video_sound"] = "on" if options.audio_from_video == "on" else "auto"
         server = Server(
             model, processor, options.name or options.model, limits, key,
             hosts=LOOPBACK if options.host in LOOPBACK else None, defaults=defaults,

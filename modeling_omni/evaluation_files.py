@@ -349,7 +349,8 @@ def summary_rows(name: str, runs: list[list[dict]], errors: str = "wrong") -> li
         line["cut_off"] = sum(one["finish_reason"] == "length" for one in answered) / max(1, len(answered))
         if any("thought_cut" in one for one in answered):
             line["thought_cut"] = sum(one.get("thought_cut", False) for one in answered) / len(answered)
-        counts = [(one["word_errors"], one["words"]) for same in counted for one in same if "words" in one]
+        counts = [[(one["word_errors"], one["words"]) for one in same if "words" in one] for same in counted]
+        counts = [tuple(map(sum, zip(*runs))) for runs in counts if runs]  # runs of a row are no rows of their own
         if counts:
             line["wer"] = corpus_wer(counts)
             line["wer_low"], line["wer_high"] = bootstrap_interval(counts, corpus_wer)

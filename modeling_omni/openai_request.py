@@ -126,7 +126,7 @@ def read_request(server, body: bytes) -> Asked:
     if stream_options and not stream:
         raise RequestError("stream_options are for streams", param="stream_options")
     tools = read_tools(body)
-    messages = read_messages(body, server.limits)
+    messages = read_messages(body, server.limits, server.defaults.get("video_sound") or "auto")
     thinking, template = read_thinking(body, server)
     settings, asked_length = read_settings(body, server)
     options = template | read_media_options(body, server)
@@ -251,7 +251,7 @@ def read_tools(body: dict) -> list[dict]:
     return [] if choice == "none" else tools
 
 
-def read_messages(body: dict, limits) -> list[dict]:
+def read_messages(body: dict, limits, video_sound: str = "auto") -> list[dict]:
     """Messages as the processor takes them; media only as URLs or data, never as files of the server."""
     messages = take(body, "messages", list, expected="a list")
     if not messages or len(messages) > limits.max_messages:
@@ -265,6 +265,7 @@ def read_messages(body: dict, limits) -> list[dict]:
         if isinstance(content, list):
             content = [read_part(part, f"{param}.content[{k}]") for k, part in enumerate(content)]
             media += sum(part["type"] != "text" for part in content)
+            content = [part | {"audio": video_sound} if part["type"] == "video" else part for part in content]
         elif content is not None and not isinstance(content, str):
             raise RequestError(f"{param}.content must be text or a list of parts", param=param)
         entry = {"role": message["role"], "content": content}

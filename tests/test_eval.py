@@ -150,6 +150,14 @@ def test_several_runs_are_averaged(run, tmp_path):
     assert len({json.dumps([line["graded"] for line in run]) for run in runs}) > 1  # each with a seed of its own
 
 
+def test_prompts_are_lowered_to_their_limit(run, tmp_path):
+    clip = {"prompt": "What moves where?", "video": str(MEDIA / "motion.mp4"), "answer": "a", "verifier": "anls"}
+    file, out = write_rows(tmp_path / "clip.jsonl", [clip]), tmp_path / "out"
+    assert run("--data", file, "--out", out, "--max-prompt-tokens", 60, "--max-new-tokens", 1)[0] == 0
+    (line,) = read_lines(out / "clip.predictions.jsonl")
+    assert sum(line["tokens"].values()) <= 60 and line["degraded"][0].startswith("video motion.mp4: ")
+
+
 def test_what_is_refused(run, tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [copied("a")])
     wrong = [
@@ -159,6 +167,7 @@ def test_what_is_refused(run, tmp_path):
         (["--data", tmp_path / "none.jsonl", "--out", tmp_path / "o"], "no such file"),
         (["--data", file, "--skills", "text_copy", "--out", tmp_path / "o"], "alone"),
         (["--temperature", "1"], "--temperature is for --data"),
+        (["--max-prompt-tokens", "9"], "--max-prompt-tokens is for --data"),
         (["--suite", "tables", "--model", "other", "--out", tmp_path / "o"], "need benchmarks"),
         (["--suite", "tables", "--think", "--out", tmp_path / "o"], "itself"),
     ]
@@ -186,6 +195,9 @@ def test_sums():
     assert table["b"]["score"] is None and table["all"]["wer"] == pytest.approx(4 / 16)
     assert "| d | b | asr_wer | | | 1 | 1 | | |" in results_markdown(list(table.values()))
     assert merged(summary_rows("d", runs))["score"] == pytest.approx(1.25 / 3)
+    rows = [one("a", 0.5, word_errors=errors) for errors in range(5)]
+    once, often = (summary_rows("d", [rows] * count)[0] for count in (1, 4))
+    assert {key: often[key] for key in ("wer", "wer_low", "wer_high")}.items() <= once.items()  # no more is known
 
 
 def test_golds_of_rows():

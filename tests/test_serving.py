@@ -196,6 +196,11 @@ def test_media_of_every_kind(served, nano):
     content = [parts["video"], {"type": "text", "text": "What moves?"}]
     done = served.ask(messages=[{"role": "user", "content": content}], extra_body=deaf)
     assert done.usage.prompt_tokens_details.audio_tokens == 0
+    served.server.defaults["video_sound"] = "on"  # as of --audio-from-video on
+    silent = {"type": "video_url", "video_url": {"url": data_url("motion.mp4", "video/mp4")}}
+    with pytest.raises(openai.BadRequestError, match="sound"):
+        served.ask(messages=[{"role": "user", "content": [silent, content[1]]}])
+    del served.server.defaults["video_sound"]
     everything = [*parts.values(), {"type": "text", "text": "What is this?"}]
     assert served.ask(messages=[{"role": "user", "content": everything}], max_tokens=3).usage.completion_tokens <= 3
 
