@@ -327,6 +327,8 @@ class ChatCompletions:
             body = await server.read_body(request)
             with server.held(len(body)):
                 async with server.encoding:
+                    if await request.is_disconnected():  # while it waited its turn
+                        raise ClientDisconnect
                     asked = await run_in_threadpool(server.prepare, body)
                 del body
             client = f"{request.client.host if request.client else ''} {asked.user}"

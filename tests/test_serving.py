@@ -442,6 +442,34 @@ def test_clients_that_leave_stop_their_generation(scripted):
         assert running.ask(max_tokens=2).usage.completion_tokens == 2
 
 
+def test_media_of_clients_that_left_are_not_decoded(scripted, monkeypatch):
+    with endless(scripted, encoders=1) as running:
+        server, go, bodies = running.server, threading.Event(), []
+        prepare = server.prepare
+
+        def slow(body):
+            bodies.append(json.loads(body)["user"])
+            go.wait(300)
+            return prepare(body)
+
+        monkeypatch.setattr(server, "prepare", slow)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(running.ask, user="first", max_tokens=1)
+            running.wait_for(lambda: bodies == ["first"])
+            body = json.dumps(body_of(user="left")).encode()
+            with running.connect() as left:
+                head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                left.sendall((head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body)
+                running.wait_for(lambda: server.inside == 2 and server.body_bytes > len(body))
+            connections = running.uvicorn.server_state.connections
+            running.wait_for(lambda: len(connections) == 1)
+            last = pool.submit(running.ask, user="last", max_tokens=1)
+            running.wait_for(lambda: server.inside == 3)
+            go.set()
+            assert first.result().usage.completion_tokens == last.result().usage.completion_tokens == 1
+        assert bodies == ["first", "last"]
+
+
 def test_slow_clients_hold_nobody_up(scripted):
     body = json.dumps(body_of(max_tokens=1000, stream=True)).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
