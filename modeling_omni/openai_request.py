@@ -41,6 +41,10 @@ READ = (
     "seed", "stop", "tools", "tool_choice", "user", "chat_template_kwargs", "reasoning_effort", "reasoning_budget",
     "thinking_token_budget", "reasoning_grace", "mm_processor_kwargs",
 )  # fmt: skip
+# of a message; the last four change nothing
+MESSAGE = (
+    "role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "refusal", "annotations",
+)  # fmt: skip
 PARTS = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
 
 
@@ -261,7 +265,13 @@ def read_messages(body: dict, limits, video_sound: str = "auto") -> list[dict]:
         param = f"messages[{i}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RequestError(f"{param} must be an object with a role", param=param)
+        unknown = [name for name, value in message.items() if name not in MESSAGE and value is not None]
+        if unknown:
+            raise RequestError(f"{param}: unknown field {unknown[0]!r:.80}; media are parts of its content",
+                               param=param, code="unknown_parameter")  # fmt: skip
         content = message.get("content")
+        if content is None and message["role"] == "user":
+            raise RequestError(f"{param}.content is missing", param=param)
         if isinstance(content, list):
             content = [read_part(part, f"{param}.content[{k}]") for k, part in enumerate(content)]
             media += sum(part["type"] != "text" for part in content)
