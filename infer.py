@@ -433,6 +433,8 @@ def run_chat(options) -> int:
     model, processor = load_model(options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     interactive = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused with their message
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history of input()
@@ -513,6 +515,7 @@ def run_serve(options) -> int:
         defaults = {name: getattr(options, name) for name in (*names, "max_media_tokens", "max_prompt_tokens")}
         defaults |= {"thinking": options.think, "num_frames": options.frames}
         defaults["use_audio_in_video"] = False if options.audio_from_video == "off" else None
+        defaults["video_sound"] = "on" if options.audio_from_video == "on" else "auto"
         server = Server(
             model, processor, options.name or options.model, limits, key,
             hosts=LOOPBACK if options.host in LOOPBACK else None, defaults=defaults,

@@ -289,6 +289,8 @@ def run_batch(
                 raise OmniInputError("not JSON (nested too deeply)") from None
             if isinstance(content, dict) and "meta" in content:
                 item.about["meta"] = content["meta"]
+            if isinstance(content, dict) and content.get("id") is not None:
+                row_key(content["id"])  # an id that cannot be one is not replaced silently
             messages, tools = request(content, folder, system, video_sound)
             inputs, _, lowered = encode_fitting(
                 model, processor, messages, prompt_limit(model, limit, max_prompt_tokens), thinking, device="cpu",

@@ -59,7 +59,8 @@ def run_eval(options, load_model, note) -> int:
     if options.data or options.suite == "tables":
         return run_benchmarks(options, load_model, note)
     names = ("max_new_tokens", "temperature", "top_p", "frames", "fps", "video_pruning_rate", "max_media_tokens")
-    given = [name for name in (*names, "metric", "system") if getattr(options, name) is not None]
+    names += ("max_prompt_tokens", "prefill_chunk_size", "metric", "system")
+    given = [name for name in names if getattr(options, name) is not None]
     if given:
         raise OmniInputError(f"--{given[0].replace('_', '-')} is for --data and --suite tables, not for --suite nano")
     check_writable(options.out)
@@ -89,6 +90,7 @@ def run_benchmarks(options, load_model, note) -> int:
     sampling |= {"video_pruning_rate": options.video_pruning_rate, "max_media_tokens": options.max_media_tokens}
     names = ("metric", "errors", "runs", "seed", "system", "batch_tokens", "batch_size", "retry_errors")
     names += ("max_new_tokens", "temperature", "top_p", "prefill_chunk_size", "reasoning_budget", "reasoning_grace")
+    names += ("max_prompt_tokens",)
     chosen = {name: getattr(options, name) for name in names} | {"progress": sys.stderr.isatty()}
     chosen |= {"video_sound": options.audio_from_video, "model_name": options.model}
     limits = replace(default_limits())

@@ -56,9 +56,8 @@ def graded_by(row: dict, metric: str | None = None) -> dict:
     name, gold, args = row.get("verifier") or row.get("metric"), row.get("answer"), row.get("args") or {}
     if "instruction_id_list" in row and gold is None:
         name, gold = name or "ifeval", {key: row.get(key) for key in ("instruction_id_list", "kwargs")}
-    messages = row.get("messages")
-    if gold is None and isinstance(messages, list) and messages and messages[-1].get("role") == "assistant":
-        gold = messages[-1].get("content")
+    if gold is None and (last := answered_by(row.get("messages"))):
+        gold = last.get("content")
     name, args = name or metric, json.loads(args) if isinstance(args, str) else args
     if not isinstance(name, str) or gold is None:
         raise OmniInputError("a row needs an 'answer' and a 'verifier' (or give --metric)")
@@ -72,11 +71,16 @@ def graded_by(row: dict, metric: str | None = None) -> dict:
     return {"verifier": name, "gold": gold, "args": args, "source": str(row.get("source", ""))}
 
 
+def answered_by(messages) -> dict | None:
+    """The last message, where it is the assistant's."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return last if isinstance(last, dict) and last.get("role") == "assistant" else None
+
+
 def question_of(row: dict, folder: Path, system: str | None = None, video_sound: str = "auto"):
     """Messages and tools of a benchmark's row, without the answer (see `batch_inference.request_of`)."""
     if isinstance(row.get("messages"), list):
-        messages = row["messages"]
-        messages = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+        messages = row["messages"][:-1] if answered_by(row["messages"]) else row["messages"]
         own = {key: row[key] for key in row if key.removesuffix("s") in KINDS}
         return request_of({"messages": messages, "tools": row.get("tools")} | own, folder, system, video_sound)
     adapted = adapt_prompt(row, folder=folder)
@@ -272,13 +276,14 @@ def score_predictions(
         "word_errors", "words" for transcripts and "parts" for verifiers of `metrics_grounding.PARTS`.
     """
     with open(out, "rb") as file:
-        found = {json.dumps(line["id"]): line for line in map(json.loads, file)}
+        whole = (json.loads(line) for line in file if line.endswith(b"\n"))  # a kill may have torn the last
+        found = {json.dumps(line["id"]): line for line in whole}
     graded = []
     for number in numbers:
         line, about = found[keys[number]], {"id": json.loads(keys[number])}
         try:
             test = graded_by(rows[number], metric)
-        except (OmniInputError, RecursionError, ValueError) as error:
+        except Exception as error:  # as when it was to be answered: whatever it is, it is this row's
             line, test = {"error": line.get("error", {"message": str(error)})}, {}
         about |= {"verifier": test.get("verifier", metric or ""), "source": test.get("source", "")}
         if "error" in line:
@@ -338,7 +343,8 @@ def summary_rows(name: str, runs: list[list[dict]], errors: str = "wrong") -> li
         line["cut_off"] = sum(one["finish_reason"] == "length" for one in answered) / max(1, len(answered))
         if any("thought_cut" in one for one in answered):
             line["thought_cut"] = sum(one.get("thought_cut", False) for one in answered) / len(answered)
-        counts = [(one["word_errors"], one["words"]) for same in counted for one in same if "words" in one]
+        counts = [[(one["word_errors"], one["words"]) for one in same if "words" in one] for same in counted]
+        counts = [tuple(map(sum, zip(*runs))) for runs in counts if runs]  # runs of a row are no rows of their own
         if counts:
             line["wer"] = corpus_wer(counts)
             line["wer_low"], line["wer_high"] = bootstrap_interval(counts, corpus_wer)

@@ -54,11 +54,11 @@ def exact_match(prediction: str, gold: str, case: bool = False) -> float:
 
 
 def contains(prediction: str, gold: str, spaces: bool = True) -> float:
-    """1 if the gold stands anywhere in the answer, but for case (OCRBench's rule); `spaces=False` leaves blanks out, as
-    it does for handwritten formulas."""
+    """1 if the gold stands anywhere in the answer, but for case (OCRBench's rule); `spaces=False` leaves blanks out and
+    looks at case, as it does for handwritten formulas."""
     answer, wanted = one_line(prediction), one_line(gold)
     if not spaces:
-        answer, wanted = answer.replace(" ", ""), wanted.replace(" ", "")
+        answer, wanted = ("".join(visible(text).split()) for text in (prediction, gold))
     return float(bool(wanted) and wanted in answer)
 
 
@@ -78,16 +78,24 @@ def anls(prediction: str, gold: str, threshold: float = 0.5) -> float:
     return similarity if similarity >= threshold else 0.0
 
 
-ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+ARTICLES = ("a", "an", "the")
 NUMBER_WORDS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11))))
 NUMBER_WORDS["none"] = "0"
+VQA_MARKS = ';/[]"{}()=+\\_-><@`,?!'  # other signs, such as $ and %, are part of an answer
 
 
 def vqa_form(text: str) -> str:
-    """An answer as VQA compares it: no case, articles or punctuation (but inside numbers), small numbers as digits."""
-    text = re.sub(r"(?<=\d),(?=\d)", "", one_line(text)).replace("'", "")
-    text = re.sub(r"(?!(?<=\d)[.:](?=\d))[^\w\s]", " ", text)
-    return " ".join(NUMBER_WORDS.get(word, word) for word in ARTICLES.sub(" ", text).split())
+    """An answer as VQA compares it: no case, articles or punctuation, small numbers as digits.
+
+    A mark becomes a blank, or nothing where it stands beside a blank anywhere, or the text has a number such as 1,000.
+    """
+    text = one_line(text).replace("'", "")
+    given, has_thousands = text, re.search(r"\d,\d", text) is not None
+    for mark in VQA_MARKS:
+        joins = has_thousands or f" {mark}" in given or f"{mark} " in given
+        text = text.replace(mark, "" if joins else " ")
+    words = re.sub(r"\.(?!\d)", "", text).split()
+    return " ".join(NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(prediction: str, gold: Sequence[str]) -> float:
@@ -150,10 +158,17 @@ def relaxed_accuracy(prediction: str, gold: str, rel_tol: float = 0.05) -> float
 
 # What models write before the option they choose; the last one counts, as they may think aloud before it. A small
 # letter counts only where nothing follows it, and "A" or "I" not where a sentence goes on with it ("a dog", "I think").
-SAID = re.compile(
-    r"(?i:answer|option|choice)(?i: is| would be| should be)?(?i: option| choice)?\s{0,2}[:=]?\s{0,2}"
+# Options that are only named ("Option A shows a cat") count where no answer is, and those called wrong do not.
+_VERB = r"(?i: is| would be| should be)"
+_LETTER = (
+    r"(?i: option| choice)?[*_]{0,2}\s{0,2}[:=]?[*_]{0,2}\s{0,2}"
     r"[*_`\"'(\[{<]{0,4}([B-HJ-Z]|[AI](?! [a-z])|A(?= (?:because|since|as|is|for|based|due|given)\b)"
     r"|[a-z](?=[).\]:*]|\s*$))(?![\w'])"
+)
+SAID = re.compile(rf"(?:(?i:answer){_VERB}?|(?i:option|choice)(?:{_VERB}|(?=[*_]{{0,2}}\s{{0,2}}[:=]))){_LETTER}")
+NAMED = re.compile(
+    rf"(?<!not )(?i:option|choice){_LETTER}"
+    r"(?![)\]}>*_`\"']{0,4},? (?:is|was|would be) (?:wrong|incorrect|not|false)\b)"
 )
 MARKED = re.compile(r"[(\[]([A-Za-z])[)\]]|(?:\*\*|__)([A-Z])[.):]?(?:\*\*|__)")
 LEADING = re.compile(r"[*_(\[]{0,3}([A-Z])[*_)\]]{0,3}(?:[.:)]|\s*$)")
@@ -162,8 +177,9 @@ LEADING = re.compile(r"[*_(\[]{0,3}([A-Z])[*_)\]]{0,3}(?:[.:)]|\s*$)")
 def option_in(text: str, options: dict[str, str], several: bool = False) -> str:
     """The option letter that an answer in sentences commits to; "" where it names none or more than one.
 
-    In this order: what is nothing but a choice; the last "answer is X"; the first and the last line that is one; the
-    only letter in brackets or in bold; the only option whose text stands in the answer.
+    In this order: what is nothing but a choice; the last "answer is X"; a first line that is only a letter; the last
+    "option X" that is not called wrong; the first and the last line that is a choice; the only letter in brackets or in
+    bold; the only option whose text stands in the answer.
     """
     text = text[-MAX_CHARS:].strip()
     found = chosen_letters(text, options, several)
@@ -173,10 +189,12 @@ def option_in(text: str, options: dict[str, str], several: bool = False) -> str:
     def known(letters) -> list[str]:
         return [letter.upper() for letter in letters if not options or letter.upper() in options]
 
-    said = known(SAID.findall(text))
-    if said and not several:
-        return said[-1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    alone = [line.strip("*_`()[]{}.: ") for line in lines[:1]]  # what comes behind it explains
+    alone = [letter for letter in alone if re.fullmatch("[A-Z]", letter)]
+    for said in (SAID.findall(text), alone, NAMED.findall(text)):
+        if (said := known(said)) and not several:
+            return said[-1]
     for line in lines[:1] + lines[-1:]:
         found = chosen_letters(line, options, several)
         if not found and (leading := LEADING.match(line)) and known([leading.group(1)]):
@@ -214,6 +232,8 @@ def option_accuracy(prediction: str, gold: str, options: dict[str, str] | list[s
 # ---------------------------------------------------------------------------------------------------- places
 
 FOUR = re.compile(r"-?[0-9]{1,30}(?:\.[0-9]{1,30})?")
+# a box as JSON has it, over several lines or not; a number before it ("2. [") is no part of it
+IN_BRACKETS = re.compile(rf"\[\s*(?:{FOUR.pattern}\s*,\s*){{3}}{FOUR.pattern}\s*\]")
 
 
 def box_of(gold, size: Sequence[float] | None = None) -> tuple[float, float, float, float] | None:
@@ -229,9 +249,9 @@ def box_of(gold, size: Sequence[float] | None = None) -> tuple[float, float, flo
 
 
 def predicted_box(text: str, scale: float = 1000) -> tuple[float, float, float, float] | None:
-    """The last four numbers in a row of an answer ("[10, 20, 300, 400]", tags around them or not), as shares."""
+    """The last four numbers in brackets of an answer ("[10, 20, 300, 400]"), else in a row, as shares."""
     text = visible(text[-MAX_CHARS:])
-    runs = re.findall(r"-?[0-9][0-9., ()\[\]-]*", text)
+    runs = IN_BRACKETS.findall(text) or re.findall(r"-?[0-9][0-9., ()\[\]-]*", text)
     for run in reversed(runs):
         numbers = [float(number) / scale for number in FOUR.findall(run)]
         if len(numbers) == 4:

@@ -163,7 +163,7 @@ def quotation(text: str) -> bool:
 
 
 def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str | None = None) -> bool:
-    words = re.findall(r"\w[\w'-]*", text)
+    words = re.findall(r"\w[\w-]*", text)  # as nltk: NASA's and DON'T are two words, ALL-CAPS is one
     return compared(sum(word.isupper() for word in words), capital_relation, capital_frequency)
 
 

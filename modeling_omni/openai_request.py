@@ -41,6 +41,10 @@ READ = (
     "seed", "stop", "tools", "tool_choice", "user", "chat_template_kwargs", "reasoning_effort", "reasoning_budget",
     "thinking_token_budget", "reasoning_grace", "mm_processor_kwargs",
 )  # fmt: skip
+# of a message; the last four change nothing
+MESSAGE = (
+    "role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name", "refusal", "annotations",
+)  # fmt: skip
 PARTS = {"image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"}
 
 
@@ -126,7 +130,7 @@ def read_request(server, body: bytes) -> Asked:
     if stream_options and not stream:
         raise RequestError("stream_options are for streams", param="stream_options")
     tools = read_tools(body)
-    messages = read_messages(body, server.limits)
+    messages = read_messages(body, server.limits, server.defaults.get("video_sound") or "auto")
     thinking, template = read_thinking(body, server)
     settings, asked_length = read_settings(body, server)
     options = template | read_media_options(body, server)
@@ -254,7 +258,7 @@ def read_tools(body: dict) -> list[dict]:
     return [] if choice == "none" else tools
 
 
-def read_messages(body: dict, limits) -> list[dict]:
+def read_messages(body: dict, limits, video_sound: str = "auto") -> list[dict]:
     """Messages as the processor takes them; media only as URLs or data, never as files of the server."""
     messages = take(body, "messages", list, expected="a list")
     if not messages or len(messages) > limits.max_messages:
@@ -264,10 +268,17 @@ def read_messages(body: dict, limits) -> list[dict]:
         param = f"messages[{i}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RequestError(f"{param} must be an object with a role", param=param)
+        unknown = [name for name, value in message.items() if name not in MESSAGE and value is not None]
+        if unknown:
+            raise RequestError(f"{param}: unknown field {unknown[0]!r:.80}; media are parts of its content",
+                               param=param, code="unknown_parameter")  # fmt: skip
         content = message.get("content")
+        if content is None and message["role"] == "user":
+            raise RequestError(f"{param}.content is missing", param=param)
         if isinstance(content, list):
             content = [read_part(part, f"{param}.content[{k}]") for k, part in enumerate(content)]
             media += sum(part["type"] != "text" for part in content)
+            content = [part | {"audio": video_sound} if part["type"] == "video" else part for part in content]
         elif content is not None and not isinstance(content, str):
             raise RequestError(f"{param}.content must be text or a list of parts", param=param)
         entry = {"role": message["role"], "content": content}

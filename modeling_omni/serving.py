@@ -120,7 +120,7 @@ class Generation:
                 left = self.deadline - time.monotonic()
                 await asyncio.wait({coming}, timeout=max(0.1, min(KEEP_ALIVE, left + 0.1)))
                 if not coming.done():
-                    if self.row.finish_reason is None and left < 0 and not self.row.tokens:
+                    if left < 0 and not self.row.tokens:  # it waits, or its prompt was being read
                         raise RequestError("the request's time was over before its turn came", 503, code="timeout")
                     if self.server.queue.closed:
                         raise RequestError("the server is closing", status=503)
@@ -327,6 +327,8 @@ class ChatCompletions:
             body = await server.read_body(request)
             with server.held(len(body)):
                 async with server.encoding:
+                    if await request.is_disconnected():  # while it waited its turn
+                        raise ClientDisconnect
                     asked = await run_in_threadpool(server.prepare, body)
                 del body
             client = f"{request.client.host if request.client else ''} {asked.user}"

@@ -64,15 +64,16 @@ def test_mixed_rows_give_one_line_each(nano, tmp_path, capfd, monkeypatch):
         {"id": "answered", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
         "[" * 100_000,
         {"id": "surrogate", "prompt": "\udcff"},
+        {"id": 1.5, "prompt": "Copy: banana split"},
     ]  # fmt: skip
     source, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     monkeypatch.setattr(inference, "load", lambda *options: nano)
     assert infer.main(["batch", "--in", source, "--out", str(out)]) == 1
     summary = json.loads(capfd.readouterr().out)
-    assert (summary["rows"], summary["answered"], summary["errors"], summary["batches"]) == (10, 4, 6, 1)
+    assert (summary["rows"], summary["answered"], summary["errors"], summary["batches"]) == (11, 4, 7, 1)
     found = {record["id"]: record for record in read_lines(out)}
     assert list(sorted(map(str, found))) == sorted(
-        ["picture", "1", "clip", "77", "4", "missing", "typo", "answered", "8", "surrogate"]
+        ["picture", "1", "clip", "77", "4", "missing", "typo", "answered", "8", "surrogate", "10"]
     )
     assert found["picture"]["answer"] == answer_of(nano, where, ("image", "shapes.png"))
     assert found["picture"]["meta"] == {"gold": 7} and found["picture"]["finish_reason"] == "stop"
@@ -82,11 +83,11 @@ def test_mixed_rows_give_one_line_each(nano, tmp_path, capfd, monkeypatch):
     assert found["clip"]["tokens"]["video"] > 0 and found[1]["tokens"]["audio"] > 0
     assert sum(sum(found[key]["tokens"].values()) for key in ("picture", 1, "clip", 77)) == summary["prompt_tokens"]
     wrong = {4: "not JSON", "missing": "nowhere.png", "typo": "unknown keys 'imge'", "answered": "the assistant's"}
-    for key, text in (wrong | {8: "nested too deeply", "surrogate": "lone surrogate"}).items():
+    for key, text in (wrong | {8: "nested too deeply", "surrogate": "lone surrogate", 10: "'id' must be"}).items():
         assert found[key]["error"]["type"] == "input" and text in found[key]["error"]["message"], key
     assert infer.main(["batch", "--in", source, "--out", str(out)]) == 0  # nothing is left to do
     summary = json.loads(capfd.readouterr().out)
-    assert (summary["done_before"], summary["batches"]) == (10, 0) and len(read_lines(out)) == 10
+    assert (summary["done_before"], summary["batches"]) == (11, 0) and len(read_lines(out)) == 11
 
 
 def test_goes_on_behind_a_torn_line(nano, tmp_path):

@@ -120,6 +120,16 @@ def test_the_command_line_outlives_a_message_that_is_too_large(nano, monkeypatch
     assert err.count("(prompt ") == 2
 
 
+def test_the_command_line_outlives_bytes_that_are_no_text(nano, monkeypatch, capfd):
+    import modeling_omni.inference as inference
+
+    monkeypatch.setattr(inference, "load", lambda *options: nano)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"bad \xff\nCopy: red\n"), "utf-8"))
+    assert infer.main(["chat"]) == 0
+    out, err = capfd.readouterr()
+    assert out == "red\n" and "error: text has a lone surrogate" in err
+
+
 def test_ask_and_batch_say_what_they_lowered(nano, monkeypatch, capfd, tmp_path):
     import modeling_omni.inference as inference
 

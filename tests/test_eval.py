@@ -82,12 +82,14 @@ def test_rows_of_every_kind_are_answered_and_scored(run, tmp_path):
         {"id": "lost", "prompt": "What?", "image": "nowhere.png", "answer": "a", "verifier": "string_match"},
         {"id": "typo", "prompt": "Copy: a", "answer": "a", "verifier": "string_mtach"},
         "{torn",
+        {"id": "list", "messages": ["Copy: a"], "verifier": "numeric"},
+        {"id": "args", "prompt": "Copy: a", "answer": "a", "verifier": "anls", "args": 3},
     ]  # fmt: skip
     file, out = write_rows(tmp_path / "mixed.jsonl", rows), tmp_path / "out"
     code, shown, err, _ = run("--data", file, "--metric", "anls", "--out", out)
     assert code == 0
     found = {line["id"]: line for line in read_lines(out / "mixed.predictions.jsonl")}
-    assert len(found) == 10 and sum("error" in line for line in found.values()) == 4
+    assert len(found) == 12 and sum("error" in line for line in found.values()) == 6
     assert found["copy"]["answer"] == "abc" and found["copy"]["prompt"].endswith("<think></think>")
     assert "Copy: abc" in found["copy"]["prompt"] and found["copy"]["media"] == {}
     tokens = found["place"]["tokens"]["image"]
@@ -95,7 +97,7 @@ def test_rows_of_every_kind_are_answered_and_scored(run, tmp_path):
     _, h, w = found["place"]["media"]["image_grid_thw"][0]
     assert h * w == 4 * tokens
     scores = {line["id"]: line for line in read_lines(out / "mixed.scores.jsonl")}
-    assert list(scores) == ["copy", "place", "wrong", "sft", "heard", "told", "gold", "lost", "typo", 9]
+    assert list(scores) == ["copy", "place", "wrong", "sft", "heard", "told", "gold", "lost", "typo", 9, "list", "args"]
     right = {name for name, line in scores.items() if line["score"] == 1}
     assert right == {"copy", "place", "sft", "told"} and scores["wrong"]["gold"] == "bottom left"
     assert scores["heard"]["words"] == 1 and scores["heard"]["word_errors"] >= 1
@@ -126,6 +128,7 @@ def test_goes_on_after_a_kill_and_refuses_other_settings(run, tmp_path):
     assert [line["id"] for line in read_lines(out / "mine.scores.jsonl")] == [0, 1, 3]  # spread over the file
     lines = first.splitlines(keepends=True)
     (out / "mine.predictions.jsonl").write_bytes(lines[0] + lines[1][:20])  # as a kill leaves it
+    assert run("--data", f"mine={file}", "--out", out, "--samples", 1)[::3] == (0, 0)  # its row is whole
     code, shown, _, loads = run("--data", f"mine={file}", "--out", out)
     assert (code, loads) == (0, 1) and "| mine |  | string_match | 100.0 | 56.6 to 100.0 | 5 | 0 |" in shown
     assert (out / "mine.predictions.jsonl").read_bytes().startswith(lines[0])
@@ -147,6 +150,14 @@ def test_several_runs_are_averaged(run, tmp_path):
     assert len({json.dumps([line["graded"] for line in run]) for run in runs}) > 1  # each with a seed of its own
 
 
+def test_prompts_are_lowered_to_their_limit(run, tmp_path):
+    clip = {"prompt": "What moves where?", "video": str(MEDIA / "motion.mp4"), "answer": "a", "verifier": "anls"}
+    file, out = write_rows(tmp_path / "clip.jsonl", [clip]), tmp_path / "out"
+    assert run("--data", file, "--out", out, "--max-prompt-tokens", 60, "--max-new-tokens", 1)[0] == 0
+    (line,) = read_lines(out / "clip.predictions.jsonl")
+    assert sum(line["tokens"].values()) <= 60 and line["degraded"][0].startswith("video motion.mp4: ")
+
+
 def test_what_is_refused(run, tmp_path):
     file = write_rows(tmp_path / "a.jsonl", [copied("a")])
     wrong = [
@@ -156,6 +167,7 @@ def test_what_is_refused(run, tmp_path):
         (["--data", tmp_path / "none.jsonl", "--out", tmp_path / "o"], "no such file"),
         (["--data", file, "--skills", "text_copy", "--out", tmp_path / "o"], "alone"),
         (["--temperature", "1"], "--temperature is for --data"),
+        (["--max-prompt-tokens", "9"], "--max-prompt-tokens is for --data"),
         (["--suite", "tables", "--model", "other", "--out", tmp_path / "o"], "need benchmarks"),
         (["--suite", "tables", "--think", "--out", tmp_path / "o"], "itself"),
     ]
@@ -183,6 +195,9 @@ def test_sums():
     assert table["b"]["score"] is None and table["all"]["wer"] == pytest.approx(4 / 16)
     assert "| d | b | asr_wer | | | 1 | 1 | | |" in results_markdown(list(table.values()))
     assert merged(summary_rows("d", runs))["score"] == pytest.approx(1.25 / 3)
+    rows = [one("a", 0.5, word_errors=errors) for errors in range(5)]
+    once, often = (summary_rows("d", [rows] * count)[0] for count in (1, 4))
+    assert {key: often[key] for key in ("wer", "wer_low", "wer_high")}.items() <= once.items()  # no more is known
 
 
 def test_golds_of_rows():

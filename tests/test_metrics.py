@@ -41,6 +41,7 @@ CASES = {
         ("anything", "", 0.0),
         ("x ^ 2", "x^2", 0.0),
         ("x ^ 2", "x^2", 1.0, {"spaces": False}),
+        ("X ^ 2", "x^2", 0.0, {"spaces": False}),
         ("two words", ["one", "two"], 1.0),
     ],
     "numeric": [
@@ -97,6 +98,11 @@ CASES = {
         ("3.5", ["35"] * 10, 0.0),
         ("1,000", ["1000"] * 10, 1.0),
         ("it's", ["its"] * 10, 1.0),
+        ("7:25 p.m.", ["7:25 pm"] * 10, 1.0),
+        ("$5", ["5"] * 10, 0.0),
+        ("50", ["50%"] * 10, 0.0),
+        ("coca-cola", ["coca cola"] * 10, 1.0),
+        ("black - white t-shirt", ["black white tshirt"] * 10, 1.0),
     ],
     "option_accuracy": [
         ("B", "B", 1.0),
@@ -134,6 +140,9 @@ CASES = {
         ("[500, 600, 100, 200]", BOX, 0.0),  # corners swapped
         ("[10, 20, 50, 60]", [100, 200, 500, 600], 1.0, {"scale": 100, "size": [1000, 1000]}),
         ("a box", BOX, 0.0),
+        ("2. [100, 200, 500, 600]", BOX, 1.0),
+        ('{"bbox_2d": [\n 100,\n 200,\n 500,\n 600\n]}', BOX, 1.0),
+        ("[[100, 200], [500, 600]]", BOX, 1.0),
         ("1 2 3", BOX, 0.0),
         ("[100, 200, 500, 600]", "0.1,0.2,0.5,0.6", 1.0),
         ("[100, 200, 500, 600]", [0.5, 0.5, 0.1, 0.1], 0.0),
@@ -220,6 +229,11 @@ def test_options_in_words():
         "The choice would be option (c).": "C",
         "Answer: A because it purrs": "A",
         "I can't answer that.": "",
+        "The correct answer is B. Option A is incorrect, as it purrs.": "B",
+        "**Answer:** B\n\nOption A shows fur. Option C shows a mat.": "B",
+        "B\n\nOption A shows a cat, which is not there.": "B",
+        "Option A is wrong, so option B.": "B",
+        "Option A is wrong, option C, too: option B was not correct.": "C",
     }
     assert {text: option_in(text, options) for text in said} == said
 
@@ -312,6 +326,7 @@ OTHERS = [
     ("ALL BIG 1", "change_case:english_capital", {}),
     ("all small", "change_case:english_lowercase", {}),
     ("no comma", "punctuation:no_comma", {}),
+    ("NASA's DON'T ALL-CAPS", "change_case:capital_word_frequency", {"capital_frequency": 4}),
     ("a\n***\nb\n***\nc", "length_constraints:number_paragraphs", {"num_paragraphs": 3}),
 ]  # fmt: skip
 

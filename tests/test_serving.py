@@ -196,6 +196,11 @@ def test_media_of_every_kind(served, nano):
     content = [parts["video"], {"type": "text", "text": "What moves?"}]
     done = served.ask(messages=[{"role": "user", "content": content}], extra_body=deaf)
     assert done.usage.prompt_tokens_details.audio_tokens == 0
+    served.server.defaults["video_sound"] = "on"  # as of --audio-from-video on
+    silent = {"type": "video_url", "video_url": {"url": data_url("motion.mp4", "video/mp4")}}
+    with pytest.raises(openai.BadRequestError, match="sound"):
+        served.ask(messages=[{"role": "user", "content": [silent, content[1]]}])
+    del served.server.defaults["video_sound"]
     everything = [*parts.values(), {"type": "text", "text": "What is this?"}]
     assert served.ask(messages=[{"role": "user", "content": everything}], max_tokens=3).usage.completion_tokens <= 3
 
@@ -286,6 +291,8 @@ REFUSED = [
     (body_of(messages=[7]), 400, "object with a role"),
     (body_of(messages=[{"role": "king", "content": "a"}]), 400, "role 'king'"),
     (body_of(messages=[{"role": "user", "content": 7}]), 400, "text or a list"),
+    (body_of(messages=[{"role": "user", "content": None}]), 400, "is missing"),
+    (body_of(messages=[{"role": "user", "content": "a", "images": ["b"]}]), 400, "unknown field 'images'"),
     (body_of(messages=[{"role": "assistant", "content": "a"}]), 400, "assistant's"),
     (body_of(messages=[{"role": "user", "content": "\udcff"}]), 400, "lone surrogate"),
     (body_of(messages=[{"role": "assistant", "tool_calls": 3}, {"role": "user", "content": "a"}]), 400, "a list"),
@@ -444,6 +451,34 @@ def test_clients_that_leave_stop_their_generation(scripted):
         assert running.ask(max_tokens=2).usage.completion_tokens == 2
 
 
+def test_media_of_clients_that_left_are_not_decoded(scripted, monkeypatch):
+    with endless(scripted, encoders=1) as running:
+        server, go, bodies = running.server, threading.Event(), []
+        prepare = server.prepare
+
+        def slow(body):
+            bodies.append(json.loads(body)["user"])
+            go.wait(300)
+            return prepare(body)
+
+        monkeypatch.setattr(server, "prepare", slow)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(running.ask, user="first", max_tokens=1)
+            running.wait_for(lambda: bodies == ["first"])
+            body = json.dumps(body_of(user="left")).encode()
+            with running.connect() as left:
+                head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                left.sendall((head + f"Content-Length: {len(body)}\r\n\r\n").encode() + body)
+                running.wait_for(lambda: server.inside == 2 and server.body_bytes > len(body))
+            connections = running.uvicorn.server_state.connections
+            running.wait_for(lambda: len(connections) == 1)
+            last = pool.submit(running.ask, user="last", max_tokens=1)
+            running.wait_for(lambda: server.inside == 3)
+            go.set()
+            assert first.result().usage.completion_tokens == last.result().usage.completion_tokens == 1
+        assert bodies == ["first", "last"]
+
+
 def test_slow_clients_hold_nobody_up(scripted):
     body = json.dumps(body_of(max_tokens=1000, stream=True)).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -480,6 +515,31 @@ def test_full_queues_and_lost_time_are_said(scripted):
         running.wait_for(lambda: queue.running == 0 and running.server.inside == 0)
         late = running.ask(max_tokens=10**5)  # runs until its time is over
         assert late.choices[0].finish_reason == "length" and 1 < late.usage.completion_tokens < 10**5
+
+
+def test_time_that_is_over_while_the_prompt_is_read_is_said(scripted, monkeypatch):
+    rows = []
+
+    def recorded(*values, **options):
+        rows.append(Row(*values, **options))
+        return rows[-1]
+
+    def slow(*_):
+        running.wait_for(rows[-1].stopped)  # the next piece of the prompt is not begun
+
+    monkeypatch.setattr("modeling_omni.serving.Row", recorded)
+    model, processor = scripted
+    running = Running(model, processor, ServerLimits(seconds=0.5), cache_bytes=1024**2)
+    hook = model.model.register_forward_pre_hook(slow)
+    try:
+        started = time.monotonic()
+        with pytest.raises(openai.InternalServerError, match="time was over"):
+            running.ask("a question of some length", max_tokens=4)
+        assert time.monotonic() - started < 30
+        assert rows[0].finish_reason == "interrupted" and not rows[0].tokens
+    finally:
+        hook.remove()
+        running.close()
 
 
 def test_a_failing_model_fails_its_request_alone(scripted, monkeypatch):
