@@ -7,9 +7,10 @@ parameters per layer in memory.
 """
 
 import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,9 +18,12 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
 from .limits import OmniInputError
+from .quantization import FP8, METHOD, NVFP4, packed_shapes
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, as the library has it
+KINDS = {"F8_E4M3": FP8, "U8": NVFP4}  # of packed weights, by their dtype in safetensors
+DTYPES = {torch.float8_e4m3fn: ("F8_E4M3",), torch.uint8: ("U8",), torch.float32: ("F32", "BF16", "F16")}
 
 # (released name, our name). Order matters when saving: the first rule that fits wins.
 RENAMES = [
@@ -117,8 +121,8 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file, whose size is checked against them; no weight is read.
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{name: (dtype, shape)} of a safetensors file, whose size is checked against them; no weight is read.
 
     Raises:
         OmniInputError: it is truncated or something else.
@@ -131,7 +135,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
                 raise ValueError(f"its header would have {length} of {size} bytes")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if end != size:
             raise ValueError(f"{size} of {end} bytes")
@@ -140,25 +144,72 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         raise OmniInputError(f"{path}: is truncated or no safetensors file ({reason}); copy it again") from error
     except OSError as error:
         raise OmniInputError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    return shapes
+    return tensors
 
 
-def check_weights(folder: str | Path, model: torch.nn.Module, whole: bool = True) -> None:
+def packed_layers(files: Iterable[str | Path]) -> tuple[dict[str, tuple[str, bool]], list[str]]:
+    """Packed layers of safetensors files: {released name: (FP8 or NVFP4, has an input scale)}, and names of KV scales.
+
+    Raises:
+        OmniInputError: a packed layer that is not whole, or whose tensors do not fit each other.
+    """
+    tensors = {name: entry for path in files for name, entry in read_header(Path(path)).items()}
+    layers = {}
+    for name in sorted(tensors):
+        layer, _, part = name.rpartition(".")
+        dtype, shape = tensors.get(f"{layer}.weight", (None, ()))
+        if part != "weight_scale" and (part != "weight" or dtype not in KINDS):
+            continue
+        kind = KINDS.get(dtype)
+        if kind is None or len(shape) != 2:
+            raise OmniInputError(f"{layer} has a weight_scale, but its weight is {dtype}; known: {', '.join(KINDS)}")
+        for key, (wanted, stored_as) in packed_shapes((shape[0], shape[1] * (2 if kind == NVFP4 else 1)), kind).items():
+            dtype, shape = tensors.get(f"{layer}.{key}", (None, ()))
+            if dtype is None:
+                raise OmniInputError(f"{layer} is in {kind}, but has no {key}; copy or download the checkpoint again")
+            if dtype not in DTYPES[stored_as] or shape != wanted and (wanted, shape) != ((), (1,)):
+                raise OmniInputError(
+                    f"{layer}.{key} is {dtype} {list(shape)}; in {kind} it is {stored_as} {list(wanted)}"
+                )
+        layers[layer] = kind, f"{layer}.input_scale" in tensors
+    return layers, sorted(name for name in tensors if name.endswith((".k_scale", ".v_scale")))
+
+
+def check_weights(folder: str | Path, model: torch.nn.Module) -> None:
     """Compares the names and shapes in a folder with those of `model` (on the meta device) before anything is loaded,
     so that a configuration that lies about sizes reserves no memory. Draft heads may be missing, and what
     `IGNORED_ON_LOAD` says may be more.
 
-    Args:
-        whole: compare; else, as for checkpoints with packed weights, only the files themselves are looked at.
+    Packed layers (FP8, NVFP4) are compared by what they hold. Of checkpoints in formats of others only the files
+    themselves are looked at.
 
     Raises:
-        OmniInputError: see `weight_files` and `read_header`; tensors that are missing, of another shape, or unknown.
+        OmniInputError: see `weight_files`, `read_header` and `packed_layers`; tensors that are missing, of another
+            shape, or unknown; packed weights whose configuration does not say so.
     """
-    found = {name: (shape, path) for path in weight_files(folder) for name, shape in read_header(path).items()}
+    files = weight_files(folder)
+    found = {name: (shape, path) for path in files for name, (_, shape) in read_header(path).items()}
+    method = getattr(model.config, "quantization_config", None)
+    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
+    if method not in (None, METHOD):
+        return
+    layers, _ = packed_layers(files)
+    if layers and method is None:
+        raise OmniInputError(
+            f"{folder}: its weights are packed (FP8, NVFP4), but its config.json has no quantization_config of "
+            f"{METHOD!r}; take config.json and weights from one checkpoint"
+        )
+    if method:  # scales of inputs, of the KV cache, of what else a machine may compute in 8 bits
+        found = {name: own for name, own in found.items() if not name.endswith("_scale") or math.prod(own[0]) > 1}
+    for layer, (kind, _) in layers.items():
+        (rows, columns), path = found[f"{layer}.weight"]
+        found[f"{layer}.weight"] = (rows, columns * (2 if kind == NVFP4 else 1)), path
+        for key in ("weight_scale", "weight_scale_2"):
+            found.pop(f"{layer}.{key}", None)
     expected = {}
     for ours, tensor in model.state_dict().items():
         expected.update((name, tuple(part.shape)) for name, part in released_tensors(ours, tensor))
-    if not whole or len(expected.keys() & found.keys()) < len(expected) // 2:
+    if len(expected.keys() & found.keys()) < len(expected) // 2:
         return  # another layout, such as that of transformers' native class
     for name, shape in expected.items():
         if name in found and found[name][0] != shape:

@@ -21,6 +21,7 @@ from .inference import load
 from .media import OmniInputError
 from .quantization import RECIPES, form_weights, set_input_quantization
 from .quantized_export import calibrate, calibration_batches, calibration_sources, export_checkpoint
+from .rollouts import policy_name
 
 SCALE_NAMES = ("_scale", "_scale_2")
 KINDS = {"text": ("text_",), "pictures": ("image_",), "speech": ("speech_",), "clips": ("video_", "heard_")}
@@ -50,9 +51,19 @@ def quantization_table(
     for name in formats:
         if name not in ("bf16", *RECIPES) and not (Path(name) / "config.json").is_file():
             raise OmniInputError(f"format {name!r} is unknown; give bf16, {', '.join(RECIPES)} or a checkpoint folder")
-    table, scales = [], folder / "scales.safetensors"
+    table, scales, start = [], folder / "scales.safetensors", folder / "start.json"
+    about = {"model": policy_name(model_name), "data": sources, "rows": rows, "row_tokens": row_tokens}
+    before = json.loads(start.read_text()) if start.is_file() else None
+    if before != about:  # exports of other weights or rows
+        old = [place for place in (scales, *(folder / name for name in RECIPES)) if place.exists()]
+        if old and before is None:
+            raise OmniInputError(f"{old[0]} is already there; give a new folder")
+        for place in old:
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        start.write_text(json.dumps(about))
     for number, name in enumerate(formats):
-        settings = {"model": model_name, "format": name, "skills": skills, "samples": samples, "rows": rows} | options
+        packed = name if name in ("bf16", *RECIPES) else policy_name(name)
+        settings = about | {"format": packed, "skills": skills, "samples": samples} | options
         file = folder / f"{number}-{Path(name).parent.name or ''}{Path(name).name}.json"
         if file.is_file() and (row := json.loads(file.read_text()))["settings"] == settings:
             table.append(row)
@@ -72,9 +83,9 @@ def quantization_table(
         set_input_quantization(model, True)
         form_weights(model, torch.float32)  # small enough, and many times as fast
         # as stored: what is neither packed nor a scale is in bfloat16
-        packed = sum(t.nbytes for n, t in model.named_buffers() if t.element_size() == 1 or n.endswith(SCALE_NAMES))
+        codes = sum(t.nbytes for n, t in model.named_buffers() if t.element_size() == 1 or n.endswith(SCALE_NAMES))
         plain = sum(p.numel() for p in model.parameters())
-        row = {"name": name, "settings": settings, "bytes": packed + 2 * plain}
+        row = {"name": name, "settings": settings, "bytes": codes + 2 * plain}
         row["cache"] = cache_bytes(
             model.config.llm_config, any(n.endswith("k_scale") for n, _ in model.named_buffers())
         )

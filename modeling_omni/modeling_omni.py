@@ -107,7 +107,7 @@ class OmniPreTrainedModel(PreTrainedModel):
                 config = cls.config_class.from_pretrained(config or path)
             with torch.device("meta"), no_init_weights(), torch.random.fork_rng(devices=[]):
                 model = cls(copy.deepcopy(config))
-            check_weights(path, model, getattr(config, "quantization_config", None) is None)
+            check_weights(path, model)
         return super().from_pretrained(path, *args, **kwargs)
 
     @classmethod

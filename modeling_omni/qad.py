@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import released_tensors
+from .checkpointing import newest_checkpoint
 from .configuration_omni import resolve_checkpoint
 from .media import OmniInputError
 from .modeling_language import LOSS_CHUNK, Experts
@@ -197,20 +198,18 @@ def train_qad(args: QADArguments) -> None:
     def prepare(model, processor, device):
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise OmniInputError("qad does not run under ZeRO-3: start it with data parallelism")
-        teacher = None
-        path = folder / SCALES
-        if args.loss == "kl" or not path.is_file():  # before the first step the student is its own teacher
-            name = resolve_checkpoint(args.teacher or args.model)
-            teacher = OmniForConditionalGeneration.from_pretrained(name, dtype=model.dtype).eval().requires_grad_(False)
-        with PartialState().main_process_first():
-            if not path.is_file():
-                start = teacher if args.teacher is None else model.eval()
+        path, state = folder / SCALES, PartialState()
+        with state.main_process_first():  # anew until there is a checkpoint: an earlier start may have had other data
+            if state.is_main_process and newest_checkpoint(folder) is None or not path.is_file():
                 batches = calibration_batches(processor, args.data, args.calibration_rows, args.row_tokens, args.seed)
-                save_file(calibrate(start, batches), path)
+                save_file(calibrate(model.eval(), batches), path.with_suffix(".partial"))
+                os.replace(path.with_suffix(".partial"), path)
         amax = load_file(path)
         fake_quantize_model(model, args.format, amax if args.round_inputs else None)
         if args.loss == "labels":
             return None
+        name = resolve_checkpoint(args.teacher or args.model)
+        teacher = OmniForConditionalGeneration.from_pretrained(name, dtype=model.dtype).eval().requires_grad_(False)
         if teacher.config.llm_config.vocab_size != model.config.llm_config.vocab_size:
             raise OmniInputError("the teacher has another vocabulary than the student")
         model.label_loss = TeacherLoss(teacher.to(device))

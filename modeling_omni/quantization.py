@@ -27,6 +27,7 @@ from .kernels import relu2, sort_by_expert
 from .ssd import cuda_kernels
 
 FP8, NVFP4 = "FP8", "NVFP4"
+METHOD = "modelopt"  # `quant_method` of a config
 E4M3_MAX, E2M1_MAX, GROUP = 448.0, 6.0, 16
 E4M3_MIN = 2.0**-9  # a block's scale is never 0
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
@@ -179,7 +180,21 @@ def fake_quantize_input(x: torch.Tensor, kind: str, scale: torch.Tensor | None) 
 # ---- modules of packed weights
 
 
-class QuantizedLinear(nn.Module):
+class _Packed(nn.Module):
+    quantize_inputs = False
+
+    def _apply(self, fn, recurse=True):
+        """Codes and scales go to other devices, but keep their dtypes: `model.to(dtype)` is for what is not packed."""
+
+        def moved(tensor):
+            new = fn(tensor)
+            cast = not isinstance(tensor, nn.Parameter) and new.dtype != tensor.dtype
+            return tensor.to(new.device) if cast else new
+
+        return super()._apply(moved, recurse)
+
+
+class QuantizedLinear(_Packed):
     """A linear layer whose weight stays in its checkpoint's form: buffers under the released names.
 
     Where `quantize_inputs` is set and there is an `input_scale`, inputs are rounded as a machine with such products
@@ -190,8 +205,6 @@ class QuantizedLinear(nn.Module):
         config: the language model's, for its switch of GPU kernels.
         input_scale: whether the checkpoint has one.
     """
-
-    quantize_inputs = False
 
     def __init__(self, like: nn.Linear, kind: str, config, input_scale: bool = True):
         super().__init__()
@@ -212,7 +225,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scale = getattr(self, "input_scale", None)
-        if self.kind == FP8 and scale is not None and cuda_kernels(self.config.kernels, x) and not x.requires_grad:
+        fast = self.kind == FP8 and scale is not None and cuda_kernels(self.config.kernels, x) and not x.requires_grad
+        if fast and has_fp8_product(torch.cuda.get_device_capability(x.device), *self.weight.shape):
             return scaled_linear(x, self.weight, self.weight_scale, scale, self.bias)
         if self.quantize_inputs and scale is not None:
             x = fake_quantize_input(x, self.kind, scale)
@@ -236,9 +250,14 @@ def packed_shapes(shape: tuple[int, ...], kind: str) -> dict[str, tuple[tuple[in
     }
 
 
+def has_fp8_product(capability: tuple[int, int], rows: int, columns: int) -> bool:
+    """Whether a GPU of this compute capability multiplies by a weight [rows, columns] in FP8."""
+    return capability >= (8, 9) and rows % 16 == 0 and columns % 16 == 0
+
+
 def scaled_linear(x, weight, weight_scale, input_scale, bias=None):
-    """x [..., in], weight float8_e4m3fn [out, in] -> [..., out] through PyTorch's FP8 product. For GPUs of compute
-    capability 8.9 and up; tested on a CPU, never run on a GPU."""
+    """x [..., in], weight float8_e4m3fn [out, in] -> [..., out] through PyTorch's FP8 product, see
+    `has_fp8_product`; tested on a CPU, never run on a GPU."""
     rows = to_e4m3(x.flatten(0, -2).float() / input_scale)
     scales = {"scale_a": input_scale.reshape(()), "scale_b": weight_scale.reshape(())}
     y = torch._scaled_mm(rows, weight.t(), **scales, out_dtype=torch.bfloat16)
@@ -256,14 +275,12 @@ def experts_one_by_one(hidden_TD, experts_TK, weights_TK, number: int, product: 
     return F.embedding_bag(places, rows, per_sample_weights=weights_TK.to(rows.dtype), mode="sum")
 
 
-class QuantizedExperts(nn.Module):
+class QuantizedExperts(_Packed):
     """All routed experts of a layer, packed: `Experts` whose weights are formed expert by expert when tokens come.
 
     Buffers: `up_proj`, `up_proj_scale`, `up_proj_scale_2`, `up_proj_input_scale` and the same of `down_proj`, stacked
     over the experts.
     """
-
-    quantize_inputs = False
 
     def __init__(self, like: nn.Module, kind: str, input_scale: bool = True):
         super().__init__()
@@ -332,7 +349,8 @@ def kv_scales(attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The scales of keys and values if they are cached in FP8: where the checkpoint has scales, or (with 1) where
     `config.kv_cache_dtype` is "fp8"; None: they are cached as they are."""
     wanted = attention.config.kv_cache_dtype
-    scales = getattr(attention.k_proj, "k_scale", None), getattr(attention.v_proj, "v_scale", None)
+    projections = (getattr(proj, "base_layer", proj) for proj in (attention.k_proj, attention.v_proj))  # below adapters
+    scales = [getattr(proj, name, None) for proj, name in zip(projections, ("k_scale", "v_scale"))]
     if wanted == "model" or wanted == "auto" and any(scale is None for scale in scales):
         return None
     one = torch.ones((), device=attention.k_proj.weight.device)

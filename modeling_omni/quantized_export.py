@@ -20,13 +20,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .checkpoint import released_tensors
+from .checkpoint import packed_layers, released_tensors, weight_files
 from .configuration_omni import resolve_checkpoint
 from .kernels import relu2
 from .media import OmniInputError
 from .modeling_language import Experts, OmniAttention
-from .quantization import CODES, FP8, GROUP, NVFP4, RECIPES, dequantize, format_of, packed_shapes, quantize, scale_of
-from .quantized_loading import KINDS, METHOD, TENSORS
+from .quantization import (
+    CODES,
+    FP8,
+    GROUP,
+    METHOD,
+    NVFP4,
+    RECIPES,
+    dequantize,
+    format_of,
+    packed_shapes,
+    quantize,
+    scale_of,
+)
+from .quantized_loading import TENSORS
 
 SHARD_BYTES = 5 * 10**9
 # parts that no recipe touches, and layers of the language model that stay as they are, as vLLM's wildcards
@@ -157,9 +169,9 @@ def stored_as(
             raise OmniInputError(f"{name}: NVFP4 needs a multiple of {GROUP} columns, it has {shape[-1]}")
         stored = {f"{layer}.{key}": value for key, value in packed_shapes(tuple(shape), kind).items()}
         stored[f"{layer}.input_scale"] = ((), torch.float32)
-    if part == "weight" and layer.endswith((".mixer.k_proj", ".mixer.v_proj")) and ".layers." in layer:
-        if "language_model." in layer or layer.startswith("backbone."):
-            stored[f"{layer}.{layer[-6]}_scale"] = ((), torch.float32)
+    # of the trunk's attention: what draft heads and towers keep stays as it is
+    if part == "weight" and layer.endswith((".k_proj", ".v_proj")) and format_of(layer, "fp8"):
+        stored[f"{layer}.{layer[-6]}_scale"] = ((), torch.float32)
     return stored
 
 
@@ -207,19 +219,13 @@ class StoredTensors:
     """The tensors of a checkpoint folder by name, read when asked for."""
 
     def __init__(self, folder: Path, stack: ExitStack):
-        files = sorted(folder.glob("*.safetensors"))
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():  # what it does not name does not belong to the checkpoint
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         self.files = {}
-        for path in files:
+        for path in weight_files(folder):
             try:
                 file = stack.enter_context(safe_open(path, "pt"))
             except (OSError, SafetensorError) as error:
                 raise OmniInputError(f"{path}: cannot be read: {error}") from error
             self.files |= {name: file for name in file.keys()}
-        if not self.files:
-            raise OmniInputError(f"{folder}: there are no safetensors files")
 
     def __iter__(self):
         return iter(self.files)  # file by file: each is read once
@@ -232,10 +238,6 @@ class StoredTensors:
 
     def shape(self, name) -> tuple[int, ...]:
         return tuple(self.files[name].get_slice(name).get_shape())
-
-    def dtype(self, name) -> str:
-        """As safetensors calls it."""
-        return self.files[name].get_slice(name).get_dtype()
 
 
 def write_shards(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path, limit: int = SHARD_BYTES) -> int:
@@ -277,6 +279,8 @@ def packed_stream(stored: StoredTensors, recipe: str, scales: dict, layers: dict
             yield name, tensor
         else:
             layers[layer] = kind
+            if not tensor.isfinite().all():
+                raise OmniInputError(f"{name} has values that are not finite; the checkpoint is broken")
             for key, value in quantize(tensor, kind, CODES.get(recipe)).items():
                 yield f"{layer}.{key}", value
         for scale in shapes:
@@ -284,6 +288,8 @@ def packed_stream(stored: StoredTensors, recipe: str, scales: dict, layers: dict
                 amax = scales.get(scale, scales.get(f"language_model.{scale}"))  # text checkpoints have no prefix
                 if amax is None:
                     raise OmniInputError(f"calibration saw no {scale}: it is of another model")
+                if not amax.isfinite():
+                    raise OmniInputError(f"calibration saw values that are not finite ({scale}); try --dtype float32")
                 yield scale, scale_of(amax, kind if scale.endswith(".input_scale") else FP8)
 
 
@@ -292,8 +298,6 @@ def plain_stream(stored: StoredTensors, dtype: torch.dtype) -> Iterator:
     for name in stored:
         layer, _, part = name.rpartition(".")
         if part == "weight" and f"{layer}.weight_scale" in stored:
-            if stored.dtype(name) not in KINDS:
-                raise OmniInputError(f"{name} has a weight_scale, but is {stored.dtype(name)}")
             names = [key for key in TENSORS[:3] if f"{layer}.{key}" in stored]
             yield name, dequantize({key: stored[f"{layer}.{key}"] for key in names}, dtype)
         elif part not in (*TENSORS[1:], "k_scale", "v_scale"):
@@ -309,8 +313,11 @@ def check_export(source: str | Path, out: str | Path, format: str) -> tuple[Path
         raise OmniInputError(f"model {source}: no checkpoint folder (download one first, e.g. with `hf download`)")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OmniInputError(f"{out} is already there; give a new folder")
-    config = json.loads((folder / "config.json").read_text())
-    packed = "quantization_config" in config
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise OmniInputError(f"{folder / 'config.json'}: is no JSON ({error}); copy it again") from error
+    packed = bool(packed_layers(weight_files(folder))[0])
     if packed != (format == "bf16"):
         what = "is packed already: export it as bf16 first" if packed else "is not packed: its weights are plain"
         raise OmniInputError(f"model {source} {what}")
@@ -348,7 +355,7 @@ def export_checkpoint(
             stored = StoredTensors(folder, stack)
             if format == "bf16":
                 stream = plain_stream(stored, torch.bfloat16)
-                del config["quantization_config"]
+                config.pop("quantization_config", None)
             else:
                 stream = packed_stream(stored, format, scales or {}, layers)
             elements = 0

@@ -7,10 +7,8 @@ back; `model.dequantize(dtype)` puts plain layers in.
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming, apply_renamings
@@ -18,13 +16,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .checkpoint import packed_layers
 from .modeling_language import Experts
-from .quantization import FP8, NVFP4, QuantizedExperts, QuantizedLinear, buffer_name
+from .quantization import FP8, METHOD, QuantizedExperts, QuantizedLinear, buffer_name
 
-METHOD = "modelopt"
-KINDS = {"F8_E4M3": FP8, "U8": NVFP4}
 TENSORS = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-SCALARS = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale")
 
 
 @register_quantization_config(METHOD)
@@ -34,30 +30,6 @@ class ModelOptConfig(QuantizationConfigMixin):
     def __init__(self, quant_method: str = METHOD, **keys):
         self.quant_method = quant_method
         self.__dict__ |= keys
-
-
-def packed_layers(files: list[str | Path]) -> tuple[dict[str, tuple[str, bool]], list[str]]:
-    """Packed layers of safetensors files: {released name: (FP8 or NVFP4, has an input scale)}, and names of KV scales.
-
-    Raises:
-        ValueError: a layer with a scale whose weight is of another dtype.
-    """
-    dtypes, names = {}, set()
-    for path in files:
-        with safe_open(path, "pt") as file:
-            names |= (own := set(file.keys()))
-            for name in own:  # a layer's tensors may stand in several files
-                if name.endswith(".weight"):
-                    dtypes[name] = file.get_slice(name).get_dtype()
-    layers = {}
-    for name in sorted(names):
-        if name.endswith(".weight_scale"):
-            layer = name.removesuffix(".weight_scale")
-            dtype = dtypes.get(f"{layer}.weight")
-            if dtype not in KINDS:
-                raise ValueError(f"{layer} has a weight_scale, but its weight is {dtype}; known: {', '.join(KINDS)}")
-            layers[layer] = KINDS[dtype], f"{layer}.input_scale" in names
-    return layers, sorted(name for name in names if name.endswith((".k_scale", ".v_scale")))
 
 
 def pack_modules(model: nn.Module, layers: dict[str, tuple[str, bool]], kv: Iterable[tuple[str, str]] = ()) -> None:
@@ -128,6 +100,7 @@ class ModelOptQuantizer(HfQuantizer):
             return name if name.split(".experts.")[0] in present else name.removeprefix("model.")
 
         kv = [(ours(layer), scale) for layer, _, scale in (name.rpartition(".") for name in kv)]
+        kv = [(layer, scale) for layer, scale in kv if layer in present]
         pack_modules(model, {ours(layer): kind for layer, kind in layers.items()}, kv)
 
     def update_weight_conversions(self, weight_conversions, model):

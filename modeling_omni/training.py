@@ -241,6 +241,11 @@ def build_model(args: SFTArguments, dtype: torch.dtype = torch.float32, start: s
         checkpoint = start or resolve_checkpoint(args.model)
         config = OmniConfig.from_pretrained(checkpoint)
         config.llm_config.num_nextn_predict_layers = config.llm_config.num_nextn_predict_layers or args.mtp_layers
+        if args.lora is None and getattr(config, "quantization_config", None) is not None:
+            raise OmniInputError(
+                f"model {args.model}: packed weights do not train; make plain ones: python infer.py export --model "
+                f"{args.model} --format bf16 --out DIR"
+            )
         torch.manual_seed(args.seed)
         model = OmniForConditionalGeneration.from_pretrained(checkpoint, config=config, dtype=dtype)
         if args.mtp_layers:  # transformers saves by the rules that loading used: new heads have one of their own

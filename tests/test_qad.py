@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_quantization import SIZES, text_batch
 from tiny_model import LLM, prompt_of, tiny_checkpoint, tiny_model
 
 from modeling_omni import OmniForConditionalGeneration, OmniInputError
-from modeling_omni.evaluation_quantization import cache_bytes, quantization_markdown
+from modeling_omni.evaluation_quantization import cache_bytes, quantization_markdown, quantization_table
 from modeling_omni.qad import QADArguments, TeacherLoss, chunked_kl, fake_quantize_model, train_qad
 from modeling_omni.quantization import set_input_quantization
 from modeling_omni.quantized_export import calibrate, export_checkpoint
@@ -96,10 +96,16 @@ def test_a_stage_recovers_resumes_and_leaves_a_packed_checkpoint(tmp_path):
     assert packed.model.language_model.layers[2].mixer.q_proj.weight.dtype == torch.uint8
     assert "qad" in (tmp_path / "whole" / "final" / "README.md").read_text()
     # against labels (QAT): the same stage, the loss is the cross-entropy
+    (tmp_path / "labels").mkdir()  # scales of a start with other data, that was stopped before its first checkpoint
+    save_file({"old": torch.ones(())}, tmp_path / "labels" / "scales.safetensors")
     train_qad(arguments(tmp_path / "labels", start, steps=1, loss="labels"))
+    found = [load_file(tmp_path / name / "scales.safetensors") for name in ("labels", "whole")]
+    assert found[0].keys() == found[1].keys() and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     line = json.loads((tmp_path / "labels" / "log.jsonl").read_text().splitlines()[0])
     assert line["loss"] > 3  # of a random model; the divergence begins far below
     assert losses[0] < 1
+    with pytest.raises(OmniInputError, match="packed weights do not train"):
+        train_qad(arguments(tmp_path / "packed", str(tmp_path / "whole" / "packed")))
 
 
 def test_stages_that_cannot_be(tmp_path):
@@ -112,6 +118,24 @@ def test_stages_that_cannot_be(tmp_path):
     ):
         with pytest.raises(OmniInputError, match=match):
             train_qad(arguments(tmp_path, "nano", **changes))
+
+
+def test_the_table_measures_what_it_is_asked_for(tmp_path):
+    """With other rows for calibration, or other weights, in the same folder: not what was exported before."""
+    options = {"skills": ["text_copy"], "samples": 1, "sources": ["nano:text_copy"], "row_tokens": 128}
+    (tmp_path / "out").mkdir()
+    first = quantization_table("nano", tmp_path / "out", ["fp8"], rows=1, **options)
+    scales = tmp_path / "out" / "scales.safetensors"
+    before = scales.read_bytes()
+    assert quantization_table("nano", tmp_path / "out", ["fp8"], rows=1, **options)[0]["table"] == first[0]["table"]
+    assert scales.read_bytes() == before
+    quantization_table("nano", tmp_path / "out", ["fp8"], rows=2, **options)
+    exported = load_file(tmp_path / "out" / "fp8" / "model.safetensors")
+    now, name = load_file(scales), "language_model.backbone.layers.0.mixer.in_proj.input_scale"
+    assert scales.read_bytes() != before and exported[name] == now[name] / 448
+    (tmp_path / "mine" / "fp8").mkdir(parents=True)
+    with pytest.raises(OmniInputError, match="already there"):
+        quantization_table("nano", tmp_path / "mine", ["fp8"], rows=1, **options)
 
 
 def test_the_table_of_formats():

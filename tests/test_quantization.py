@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tiny_model import collate as collate_samples
 from transformers import DynamicCache
 
 from modeling_omni import OmniForConditionalGeneration, OmniInputError
+from modeling_omni.lora import add_lora
 from modeling_omni.modeling_language import Experts
 from modeling_omni.quantization import (
     CODES,
@@ -26,6 +28,7 @@ from modeling_omni.quantization import (
     fake_quantize,
     fake_quantize_input,
     form_weights,
+    has_fp8_product,
     pack_e2m1,
     packed_shapes,
     quantize,
@@ -296,6 +299,71 @@ def test_scalars_with_a_dimension_and_without_input_scales_load(checkpoint, tmp_
         OmniForConditionalGeneration.from_pretrained(tmp_path / "a")
 
 
+def test_packed_folders_that_are_broken_are_refused(checkpoint, tmp_path):
+    """Each of these loaded, with weights of noise or wrong numbers, or raised something that says nothing."""
+    folder, _, scales = checkpoint
+    for recipe in ("fp8", "nvfp4"):
+        export_checkpoint(folder / "bf16", tmp_path / recipe, recipe, scales)
+    layers = "language_model.backbone.layers"
+    expert, proj = f"{layers}.1.mixer.experts.3.up_proj", f"{layers}.0.mixer.in_proj"
+
+    def without(name):
+        return lambda stored: stored.pop(name)
+
+    def changed(name, change):
+        return lambda stored: stored.update({name: change(stored[name])})
+
+    for recipe, edit, match in (
+        ("fp8", without(f"{proj}.weight_scale"), "has no weight_scale"),  # codes were taken for weights
+        ("fp8", without(f"{expert}.weight_scale"), "has no weight_scale"),
+        ("nvfp4", without(f"{expert}.weight_scale_2"), "has no weight_scale_2"),
+        ("nvfp4", without(f"{layers}.0.norm.weight"), "lacks 1 tensors"),  # random weights instead
+        ("nvfp4", without("language_model.backbone.embeddings.weight"), "lacks 1 tensors"),
+        ("nvfp4", changed(f"{expert}.weight_scale", lambda scale: scale.view(torch.uint8)), "weight_scale is U8"),
+        ("nvfp4", changed(f"{expert}.weight_scale", lambda scale: scale[:, :1]), r"weight_scale is F8_E4M3 \[32, 1\]"),
+        ("nvfp4", changed(f"{expert}.weight", lambda weight: weight[:-1]), "weight_scale is F8_E4M3"),
+        ("fp8", changed(f"{proj}.weight_scale", lambda scale: scale.repeat(8)), r"weight_scale is F32 \[8\]"),
+        ("nvfp4", lambda stored: stored.update({f"{proj}.pre_quant_scale": torch.full((32,), 2.0)}), "does not have"),
+    ):
+        stored = load_file(tmp_path / recipe / "model.safetensors")
+        edit(stored)
+        broken = tmp_path / "broken"
+        shutil.copytree(tmp_path / recipe, broken)
+        save_file({name: t.contiguous() for name, t in stored.items()}, broken / "model.safetensors", {"format": "pt"})
+        with pytest.raises(OmniInputError, match=match):
+            OmniForConditionalGeneration.from_pretrained(broken)
+        if "has no" in match:  # neither do they become plain
+            with pytest.raises(OmniInputError, match=match):
+                export_checkpoint(broken, tmp_path / "plain", "bf16")
+        shutil.rmtree(broken)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    for wrong in (config | {"quantization_config": {}}, {k: v for k, v in config.items() if k[:5] != "quant"}):
+        (tmp_path / "fp8" / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(OmniInputError, match="its weights are packed"):
+            OmniForConditionalGeneration.from_pretrained(tmp_path / "fp8")
+        with pytest.raises(OmniInputError, match="packed already"):
+            export_checkpoint(tmp_path / "fp8", tmp_path / "again", "nvfp4", scales)
+    # scales that nothing here reads do no harm
+    stored = load_file(tmp_path / "nvfp4" / "model.safetensors") | {f"{layers}.2.mixer.q_proj.q_scale": torch.ones(1)}
+    save_file(stored, tmp_path / "nvfp4" / "model.safetensors", {"format": "pt"})
+    assert OmniForConditionalGeneration.from_pretrained(tmp_path / "nvfp4").dtype == torch.bfloat16
+
+
+def test_casting_a_model_leaves_codes_and_scales_alone(checkpoint, tmp_path):
+    folder, _, scales = checkpoint
+    export_checkpoint(folder / "bf16", tmp_path / "a", "nvfp4", scales)
+    model = OmniForConditionalGeneration.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    modules = [module for module in model.modules() if isinstance(module, (QuantizedLinear, QuantizedExperts))]
+    before = [{name: buffer.clone() for name, buffer in module.named_buffers()} for module in modules]
+    model.to(torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    for module, buffers in zip(modules, before, strict=True):
+        for name, buffer in module.named_buffers():
+            codes, expected = (t.reshape(-1).view(torch.uint8) for t in (buffer, buffers[name]))
+            assert buffer.dtype == buffers[name].dtype and torch.equal(codes, expected), name
+    assert model.to("meta").model.language_model.layers[1].mixer.experts.up_proj.device.type == "meta"
+
+
 def test_exports_that_cannot_be(checkpoint, tmp_path):
     folder, _, scales = checkpoint
     with pytest.raises(OmniInputError, match="unknown"):
@@ -311,7 +379,38 @@ def test_exports_that_cannot_be(checkpoint, tmp_path):
         export_checkpoint(folder / "bf16", tmp_path / "a", "fp8", scales)
     with pytest.raises(OmniInputError, match="multiple of 16"):
         stored_as("backbone.layers.1.mixer.experts.0.down_proj.weight", (32, 24), torch.bfloat16, "nvfp4")
+    with pytest.raises(OmniInputError, match="calibration saw values that are not finite"):
+        export_checkpoint(folder / "bf16", tmp_path / "b", "nvfp4", {name: amax / 0 for name, amax in scales.items()})
+    broken, layer = tmp_path / "broken", "language_model.backbone.layers.1.mixer.experts.0.up_proj.weight"
+    shutil.copytree(folder / "bf16", broken)
+    stored = load_file(broken / "model.safetensors")
+    stored[layer][0, 0] = torch.nan  # which 4 bits cannot hold
+    save_file(stored, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OmniInputError, match="up_proj.weight has values that are not finite"):
+        export_checkpoint(broken, tmp_path / "b", "nvfp4", scales)
+    (broken / "model.safetensors").rename(broken / "shard.safetensors")
+    (broken / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(OmniInputError, match="is no index of weights"):
+        export_checkpoint(broken, tmp_path / "b", "nvfp4", scales)
+    (broken / "config.json").write_text("{")
+    with pytest.raises(OmniInputError, match="is no JSON"):
+        export_checkpoint(broken, tmp_path / "b", "nvfp4", scales)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_draft_heads_stay_as_they_are(tmp_path):
+    """Calibration runs the trunk; neither the head's weights nor its keys and values are in 8 bits."""
+    heads = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
+    model = tiny_model(llm_config=SIZES["llm_config"] | heads)
+    model.save_pretrained(tmp_path / "plain")
+    scales = calibrate(model, [text_batch()])
+    about = export_checkpoint(tmp_path / "plain", tmp_path / "packed", "fp8", scales)
+    loaded = OmniForConditionalGeneration.from_pretrained(tmp_path / "packed")
+    assert about["layers"][FP8] == sum(name.endswith("input_scale") for name in scales)
+    assert type(loaded.mtp.layers[0].mixer.k_proj) is torch.nn.Linear
+    assert [name for name, _ in loaded.named_buffers() if name.endswith("k_scale")] == [
+        "model.language_model.layers.2.mixer.k_proj.k_scale"
+    ]
 
 
 def test_calibration_sees_the_largest_inputs(checkpoint):
@@ -380,6 +479,15 @@ def test_the_product_for_gpus_rounds_inputs_as_the_plain_one_does():
     torch.testing.assert_close(y, expected, rtol=2**-8, atol=1e-3)  # it gives bfloat16
 
 
+def test_the_product_for_gpus_is_taken_where_there_is_one():
+    """An A100 has none (8, 0), and none takes sizes that are no multiples of 16: weights are formed there."""
+    for capability, rows, columns, expected in (
+        ((7, 5), 32, 32, False), ((8, 0), 4096, 2688, False), ((8, 9), 10304, 2688, True),
+        ((9, 0), 10304, 2688, True), ((10, 0), 32, 40, False), ((12, 0), 100, 32, False),
+    ):  # fmt: skip
+        assert has_fp8_product(capability, rows, columns) == expected, (capability, rows, columns)
+
+
 def test_inputs_are_quantised_only_when_asked(checkpoint, tmp_path):
     folder, plain, scales = checkpoint
     export_checkpoint(folder / "bf16", tmp_path / "a", "nvfp4", scales)
@@ -436,6 +544,14 @@ def test_fp8_cache_equals_rounded_keys_and_values():
     keys = cache.layers[2].keys
     assert keys.dtype == torch.uint8 and keys.element_size() == 1
     assert cache.get_recurrent_state(0).dtype == torch.float32
+
+
+def test_adapters_leave_the_cache_in_fp8():
+    model, _ = cache_model()
+    add_lora(model, {"presets": [], "target_modules": ["k_proj", "v_proj"]})
+    cache = DynamicCache(config=model.config.llm_config)
+    model(**prompt_of(text_batch()), past_key_values=cache)
+    assert cache.layers[2].keys.dtype == cache.layers[2].values.dtype == torch.uint8
 
 
 def test_every_way_of_generating_works_with_the_fp8_cache():
