@@ -26,6 +26,7 @@ from modeling_omni.fuzzing_corpus import (
     MEDIA,
     READ,
     TEXTS,
+    flac_of_unknown_length,
     hostile_messages,
     hostile_parts,
     jpeg_of_scans,
@@ -85,6 +86,17 @@ def test_errors_tell_a_path_once(kind, tmp_path):
             assert str(error.value).rfind(str(tmp_path)[:20]) == 0, name
             refused += 1
     assert refused > 10
+
+
+def test_sound_is_read_to_its_end():
+    """Of an Ogg file also what stands behind its first recording, of a FLAC also without a length in its header."""
+    assert len(load_audio(flac_of_unknown_length())) == 4000
+    for subtype in ("VORBIS", "OPUS"):
+        chained = sound(kind="OGG", subtype=subtype) + sound(kind="OGG", subtype=subtype)
+        assert 7800 < len(load_audio(chained)) < 8200  # of each, FFmpeg pads or trims a block
+    for kind, name in (("audio", "codec that nobody knows"), ("video", "frames in another file")):
+        with pytest.raises(OmniInputError, match="codec that is not known"):
+            LOAD[kind](MEDIA[kind]()[name][0])
 
 
 def test_files_with_the_wrong_ending(tmp_path):
