@@ -3,6 +3,7 @@ memory; limits can be set; what the processor promises holds for any media; a st
 
 import io
 import json
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -86,6 +87,19 @@ def test_errors_tell_a_path_once(kind, tmp_path):
             assert str(error.value).rfind(str(tmp_path)[:20]) == 0, name
             refused += 1
     assert refused > 10
+
+
+def test_names_that_are_no_files_and_names_that_forge_lines(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    os.symlink("/dev/zero", tmp_path / "endless")
+    (tmp_path / "a\nb\x1b[31m\x9b").write_bytes(b"x")
+    names = ("pipe", "loop", "endless", ".", "a\nb\x1b[31m\x9b", "none\r\nhere", "a" * 5000, "a\0b", "\u202egnp.a")
+    for name in names:
+        for read in LOAD.values():
+            with pytest.raises(OmniInputError) as error:
+                read(str(tmp_path / name))
+            assert str(error.value).isascii() and str(error.value).isprintable() and len(str(error.value)) < 500
 
 
 def test_sound_is_read_to_its_end():
