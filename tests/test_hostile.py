@@ -247,6 +247,32 @@ def test_tools_that_are_none_or_too_deep(processor):
         processor.apply_chat_template(user, tools=deep, tokenize=True)
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{% if %}", "{{ '{0}'.format() }}", "{{ '%(a)s' % {} }}", "{{ 'a'.encode('x') }}", "{{ 'a' * 10**17 }}",
+     "{{ 10**5000 }}", "{{ '\ud800' }}", "{{ '\\ud800' }}", "\ufdd0<image>", "{{ cycler().next() }}", "{{ 1 / 0 }}",
+     "{% include '/etc/passwd' %}", "{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ ''|attr('x').y }}",
+     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% for i in range(10**9) %}{% endfor %}", 7],
+)  # fmt: skip
+def test_templates_that_fail(processor, template):
+    """Of a checkpoint, whose template is compiled and rendered in a sandbox."""
+    with pytest.raises(OmniInputError) as error:
+        processor.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=True)
+    assert len(str(error.value)) < 400
+
+
+def test_errors_are_short(processor):
+    call = {"function": {"name": "f" * 10_000, "arguments": "x"}}
+    for message in (
+        {"role": "x" * 10_000, "content": "a"},
+        {"role": "user", "content": [{"type": "x" * 10_000}]},
+        {"role": "assistant", "tool_calls": [call]},
+    ):
+        with pytest.raises(OmniInputError) as error:
+            processor.count_tokens([message, {"role": "user", "content": "a"}])
+        assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("kind", MEDIA)
 def test_parts_whose_options_lie(processor, kind):
     good = {"image": picture(), "audio": sound(), "video": CLIP}[kind]
