@@ -517,6 +517,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "no heads": edit_json("config.json", llm_config__num_attention_heads=0),
     "vocabulary of a billion": edit_json("config.json", llm_config__vocab_size=10**9),
     "width of a million": edit_json("config.json", llm_config__hidden_size=10**6),
+    "a billion experts": edit_json("config.json", llm_config__n_routed_experts=10**9),
     "unknown layers": edit_json("config.json", llm_config__hybrid_override_pattern="XYZ"),
     "another architecture": edit_json("config.json", model_type="llama"),
     "tokenizer that is no JSON": replace_file("tokenizer.json", b"{"),

@@ -524,7 +524,7 @@ class OmniProcessor(ProcessorMixin):
             OmniImageProcessor.from_pretrained(path, **hub),
             OmniVideoProcessor.from_pretrained(path, **hub),
             extractor,
-            AutoTokenizer.from_pretrained(path, **hub),
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub),  # None: a person is asked
         ]
 
     @classmethod

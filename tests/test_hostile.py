@@ -251,7 +251,7 @@ def test_tools_that_are_none_or_too_deep(processor):
     "template",
     ["{% if %}", "{{ '{0}'.format() }}", "{{ '%(a)s' % {} }}", "{{ 'a'.encode('x') }}", "{{ 'a' * 10**17 }}",
      "{{ 10**5000 }}", "{{ '\ud800' }}", "{{ '\\ud800' }}", "\ufdd0<image>", "{{ cycler().next() }}", "{{ 1 / 0 }}",
-     "{% include '/etc/passwd' %}", "{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ ''|attr('x').y }}",
+     "{% include '/etc/passwd' %}", "{{ messages.__class__.__mro__ }}", "{{ ''|attr('x').y }}",
      "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% for i in range(10**9) %}{% endfor %}", 7],
 )  # fmt: skip
 def test_templates_that_fail(processor, template):
@@ -308,6 +308,20 @@ def test_broken_checkpoints(name, tmp_path):
     with pytest.raises(OmniInputError, match="copy.*(cannot be loaded|config.json)"):
         load(str(folder))
     assert peak() - before < 400 * 1024**2
+
+
+def test_nobody_is_asked_to_run_code_of_a_checkpoint(tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(resolve_checkpoint("nano"), folder, ignore=shutil.ignore_patterns("examples", "*.png"))
+    code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | code))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nclass Evil: pass\n")
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr("sys.stdin", answers)
+    with pytest.raises(OmniInputError, match="copy: cannot be loaded"):
+        load(str(folder))
+    assert answers.tell() == 0 and not (tmp_path / "owned").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ properties
