@@ -8,6 +8,7 @@ What is behind the page (sessions, limits, queue, drawings) is in modeling_omni/
 """
 
 import argparse
+import asyncio
 import contextlib
 import hmac
 import html
@@ -18,7 +19,6 @@ import socket
 import sys
 import tempfile
 import threading
-import time
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MIN_PASSWORD = 8  # characters
@@ -223,12 +223,16 @@ def controls(gr, demo, defaults, side: str = "") -> list:
 def settings_of(values):
     """Values of `controls` -> Settings."""
     from modeling_omni.demo import Settings
+    from modeling_omni.limits import OmniInputError
 
     thinking, budget, length, frames, patches, evs, sound, temperature, top_p, seed, system = values
-    return Settings(
-        bool(thinking), int(budget), int(length), float(temperature), float(top_p), int(seed or 0),
-        int(frames) or None, int(patches) or None, float(evs), bool(sound), system or "",
-    )  # fmt: skip
+    try:
+        return Settings(
+            bool(thinking), int(budget), int(length), float(temperature), float(top_p), int(seed or 0),
+            int(frames) or None, int(patches) or None, float(evs), bool(sound), str(system or ""),
+        )  # fmt: skip
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OmniInputError("a control holds no number; move it") from error
 
 
 def build(demo):
@@ -243,6 +247,12 @@ def build(demo):
 
     starters, defaults, limits = examples(), demo.defaults, demo.limits
     gr.set_static_paths([EXAMPLES])
+
+    async def no_downloads(url: str, cache_dir: str) -> str:
+        raise gr.Error("addresses are not read here; attach a file", print_exception=False)
+
+    # gradio would download, of any size, a file that a message names by an address
+    gr.processing_utils.async_ssrf_protected_download = no_downloads
 
     # ---------------------------------------------------------------------------------------- what events do
 
@@ -389,12 +399,13 @@ def build(demo):
 
         quiet = {"api_visibility": "private", "show_progress": "hidden"}
         many = {"concurrency_limit": limits.waiting + limits.batch, "concurrency_id": "answers"}
+        each = {"concurrency_limit": limits.sessions}  # these may have to wait for an answer to stop
         outputs = [conversation, text, after]
         text.submit(send, [text, *chosen], outputs, **quiet, **many)
         conversation.retry(retry, chosen, outputs, **quiet, **many)
         conversation.edit(edit, chosen, outputs, **quiet, **many)
-        conversation.undo(undo, None, outputs, **quiet)
-        conversation.clear(clear, None, [conversation, after], **quiet)
+        conversation.undo(undo, None, outputs, **quiet, **each)
+        conversation.clear(clear, None, [conversation, after], **quiet, **each)
         conversation.example_select(start, None, [text, chosen[0]], **quiet)
         (a, line_a), (b, line_b), chosen_a, chosen_b = sides
         both.submit(compare, [both, *chosen_a, *chosen_b], [a, line_a, b, line_b, both], **quiet, **many)
@@ -477,7 +488,7 @@ def launch(options) -> None:
         try:
             _, address, _ = build(demo).launch(
                 server_name=options.host, server_port=options.port or free_port(options.host), share=False, quiet=True,
-                auth=(lambda user, given: right_password(given, password)) if password else None,
+                auth=login_of(password) if password else None,
                 auth_message="Any user name, and the password of this demo.", max_file_size=limits.media.max_bytes,
                 run_history=False, footer_links=[], app_kwargs={"middleware": [guard]}, ssr_mode=False, pwa=False,
                 mcp_server=False, enable_monitoring=False, strict_cors=True, prevent_thread_lock=True, css=CSS,
@@ -489,12 +500,16 @@ def launch(options) -> None:
             demo.close()
 
 
-def right_password(given: str, password: str) -> bool:
-    """Compared in constant time; a wrong one costs a second."""
-    right = hmac.compare_digest(given.encode("utf-8", "replace"), password.encode("utf-8", "replace"))
-    if not right:
-        time.sleep(1)
-    return right
+def login_of(password: str):
+    """What gradio asks about a user name and a password, compared in constant time. A wrong one costs a second: of that
+    client alone, since gradio asks in the loop that serves everybody."""
+
+    async def is_right(user: str, given: str) -> bool:
+        right = hmac.compare_digest(given.encode("utf-8", "replace"), password.encode("utf-8", "replace"))
+        await asyncio.sleep(0 if right else 1)
+        return right
+
+    return is_right
 
 
 def free_port(host: str) -> int:

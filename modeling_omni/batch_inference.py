@@ -107,6 +107,8 @@ class Results:
 
     def __init__(self, path: str, retry_errors: bool = False):
         self.path = path
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OmniInputError(f"--out {path}: is not a regular file; give the path of a .jsonl file")
         try:
             self._open()
             whole, found = read_results(path)

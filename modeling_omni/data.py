@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from array import array
 from bisect import bisect_right
 from itertools import accumulate
@@ -60,6 +61,8 @@ class JsonlRows:
     """
 
     def __init__(self, path: str):
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or device may never end
+            raise OmniInputError(f"{path}: is not a regular file; give the path of a .jsonl file")
         self.path, self.starts, position = path, array("q"), 0
         with open(path, "rb") as file:
             for line in file:

@@ -186,6 +186,7 @@ class Session:
         A message that gets no token of an answer leaves the conversation as it was; it is then in `draft`.
         """
         self.hold()
+        text = text.encode("utf-8", "replace").decode()  # half a character could not be sent back to the page
         kept, said = self.exchanges, self.chat.messages
         at = len(kept) if at is None else at
         exchange, done = Exchange(text, list(files)), False

@@ -121,6 +121,13 @@ def wav_header(rate: int, channels: int, claimed: int, data: bytes = bytes(800),
     return b"RIFF" + struct.pack("<I", len(body) & 0xFFFFFFFF) + body
 
 
+def flac_of_unknown_length() -> bytes:
+    """As from an encoder that writes into a pipe."""
+    data = bytearray(sound(kind="FLAC"))
+    data[21:26] = bytes([data[21] & 0xF0, 0, 0, 0, 0])
+    return bytes(data)
+
+
 @cache
 def hostile_sounds() -> dict[str, tuple[bytes, str]]:
     wave = 0.4 * np.sin(np.arange(4000) * 0.3)
@@ -147,6 +154,12 @@ def hostile_sounds() -> dict[str, tuple[bytes, str]]:
         "claims four gigabytes": (wav_header(16000, 1, 2**32 - 1), EITHER),
         "odd bits": (wav_header(16000, 1, 800, bits=13), EITHER),
         "frames of noise": (b"\xff\xfb\x90\x64" + np.random.default_rng(0).bytes(3000), REFUSED),
+        "codec that nobody knows": (wav_header(16000, 1, 800).replace(b"\x01\0\x01\0", b"\xfe\x7f\x01\0", 1), REFUSED),
+        "FLAC of unknown length": (flac_of_unknown_length(), READ),
+        "recordings one behind the other": (
+            sound(kind="OGG", subtype="VORBIS") + sound(kind="OGG", subtype="VORBIS"),
+            READ,
+        ),
         "page behind a sound": (sound() + b"<script>alert(1)</script>", READ),
     }
     for kind in ("WAV", "FLAC"):
@@ -297,6 +310,7 @@ def hostile_videos() -> dict[str, tuple[bytes, str]]:
         "50 million, track in a box unknown": (mp4(frames, claimed=50_000_000).replace(b"mdia", b"udta"), REFUSED),
         "boxes without end": (b"\0\0\0\x08free" * 20_000, REFUSED),
         "packed header": (mp4(frames, compressed=True), REFUSED),
+        "frames in another file": (whole.replace(full_box(b"url ", b"", 1), full_box(b"alis", bytes(4))), REFUSED),
         "boxes in boxes": (mp4(frames, depth=5000), EITHER),
         "page and clip": (b"<html><script>" + whole, EITHER),
         "clip and page": (whole + b"<html><script>alert(1)</script>", READ),
@@ -503,6 +517,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "no heads": edit_json("config.json", llm_config__num_attention_heads=0),
     "vocabulary of a billion": edit_json("config.json", llm_config__vocab_size=10**9),
     "width of a million": edit_json("config.json", llm_config__hidden_size=10**6),
+    "a billion experts": edit_json("config.json", llm_config__n_routed_experts=10**9),
     "unknown layers": edit_json("config.json", llm_config__hybrid_override_pattern="XYZ"),
     "another architecture": edit_json("config.json", model_type="llama"),
     "tokenizer that is no JSON": replace_file("tokenizer.json", b"{"),

@@ -152,13 +152,18 @@ def _to_mono(samples: np.ndarray) -> np.ndarray:
 
 def _decode_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits) -> None:
     """Feed every sample of an audio file to `mono`: soundfile where it can read the file, otherwise PyAV."""
-    head, size = file.read(12), file.seek(0, os.SEEK_END)
+    head, size = file.read(18), file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 65_307))  # the longest page of Ogg
+    tail = file.read()
+    last = tail.rfind(b"OggS")
     file.seek(0)
     declared = int.from_bytes(head[4:8], "little") + 8
     # Streamed recordings write 0 or a huge number here, and some writers are off by a header; neither is damage.
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and size + 64 < declared < 0x7FFF0000:
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE" and size + 64 < declared < 0x7FFF0000:
         raise refuse(name, f"is truncated ({size} of {declared} bytes)", do="copy or download it again")
-    if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):  # MP3 or AAC frames
+    # Of recordings one behind the other (radio), told by their serial numbers, libsndfile reads the first alone.
+    chained = head[:4] == b"OggS" and last >= 0 and tail[last + 14 : last + 18] != head[14:]
+    if chained or head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):  # MP3 or AAC frames
         _decode_av_sound(file, mono, name, limits, "left to FFmpeg")
         return
     try:
@@ -168,8 +173,9 @@ def _decode_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits)
         _decode_av_sound(file, mono, name, limits, words_of(error, 80))
         return
     # libsndfile guesses the length of an MP3 from its first bit rate and stops there (variable rates lose half their
-    # sound), and it takes a WAV of unknown length (recorded through a pipe) for an empty one. FFmpeg does neither.
-    if sound.format == "MP3" or (sound.frames == 0 and size > 1000):
+    # sound), and takes a WAV of unknown length (recorded through a pipe) for an empty one, such a FLAC for an endless.
+    # FFmpeg does none of it.
+    if sound.format == "MP3" or (sound.frames == 0 and size > 1000) or sound.frames >= 1 << 60:
         sound.close()
         file.seek(0)
         _decode_av_sound(file, mono, name, limits, "left to FFmpeg")
@@ -177,14 +183,12 @@ def _decode_sound(file: BinaryIO, mono: Mono16k, name: str, limits: MediaLimits)
     with sound:
         _check_rate(sound.samplerate, name, limits)
         _check_channels(sound.channels, name, limits)
-        known = 0 < sound.frames < 1 << 60
-        if known:
-            check_seconds(sound.frames / sound.samplerate, name, limits)
+        check_seconds(sound.frames / sound.samplerate, name, limits)
         total, step = 0, max(1024, (1 << 18) // sound.channels)
         while len(block := sound.read(step, dtype="float32", always_2d=True)):
             total += len(block)
             mono.add(_to_mono(block.T), sound.samplerate)
-        missing = sound.frames - total if known else 0
+        missing = sound.frames - total
         if missing > 0.1 * sound.samplerate and missing > 0.01 * sound.frames:
             raise refuse(name, f"is truncated ({total} of {sound.frames} samples)", do="copy or download it again")
 
@@ -231,6 +235,8 @@ def decode_av_track(
 ) -> None:
     """Feed an audio stream to `mono`. window: (begin, end) on the stream's clock in seconds; then samples are placed by
     their times: silence where the track starts late or has a gap, cut at both ends."""
+    if stream.codec_context is None:
+        raise refuse(name, "has sound in a codec that is not known here", do="convert it, for example to wav")
     _check_channels(stream.codec_context.channels or 1, name, limits)
     stream.thread_type = "NONE"  # audio decoders are fast; worker threads would only cost start-up
     for other in container.streams:

@@ -12,6 +12,7 @@ import http.client
 import io
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import stat
@@ -73,7 +74,8 @@ class TimedFile:
 
 
 def _printable(text: str) -> str:
-    text = text.encode("ascii", "backslashreplace").decode()
+    """On one line of ASCII, however it is spelt: a name goes to terminals and logs."""
+    text = re.sub(r"[^ -~]", lambda found: found[0].encode("unicode_escape").decode(), text)
     return text if len(text) <= 160 else f"{text[:80]}...{text[-60:]}"
 
 
@@ -186,7 +188,7 @@ def _fetch(url: str, name: str, limits: MediaLimits) -> bytes:
             if time.monotonic() >= at:
                 limit = f"{limits.url_timeout:g} s (MediaLimits.url_timeout)"
                 raise refuse(name, "the download takes too long", limit, "download it first or raise it") from error
-            problem = f"cannot be downloaded ({type(error).__name__}: {error})"
+            problem = f"cannot be downloaded ({type(error).__name__}: {words_of(error)})"
             raise refuse(name, problem, do="check the address") from error
         if status in (301, 302, 303, 307, 308) and location:
             url = urljoin(url, location)
@@ -237,12 +239,18 @@ def _get(parts, host: str, port: int, name: str, limits: MediaLimits, at: float)
         raw.close()
 
 
+# in use inside networks (a cloud has its metadata there), but not among what `ipaddress` of every Python calls private
+NOT_PUBLIC = [ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24")]
+GLOBAL_IPV6, NAT64 = (ipaddress.ip_network(text) for text in ("2000::/3", "64:ff9b::/96"))
+
+
 def _is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if inner is None and ip in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
+        if inner is None and ip in NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return inner.is_global and not inner.is_multicast
-    return ip.is_global and not ip.is_multicast
+        if inner is None:
+            return ip.is_global and ip in GLOBAL_IPV6
+        ip = inner
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)

@@ -180,6 +180,8 @@ def _index_video(container, name: str, limits: MediaLimits, deadline: Deadline) 
     stream = next((s for s in container.streams.video if not s.disposition & cover), None)
     if stream is None:
         raise refuse(name, "has no video track", do="give a video file")
+    if stream.codec_context is None:
+        raise refuse(name, "has a video track in a codec that is not known here", do="convert it, for example to H.264")
     _check_frame_size(stream.codec_context.width, stream.codec_context.height, name, limits)
     stamps, last_duration, ends = [], 0, 0.0
     for packet in container.demux():

@@ -12,7 +12,6 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import torch
 from transformers import (
     AutoFeatureExtractor,
@@ -31,6 +30,7 @@ from .evs import kept_tokens
 from .feature_extraction_omni import OmniFeatureExtractor
 from .image_processing_omni import NemotronH_Nano_Omni_Reasoning_V3ImageProcessor, OmniImageProcessor
 from .media import OmniInputError, default_limits
+from .media_source import words_of
 from .prompt_omni import (
     AUDIO,
     IMAGE,
@@ -267,7 +267,10 @@ class OmniProcessor(ProcessorMixin):
         if continue_final_message and add_generation_prompt:
             raise OmniInputError("continue_final_message and add_generation_prompt exclude each other")
         source = self._template_source(chat_template)
-        template, variables = self.codec.compile(source)
+        try:
+            template, variables = self.codec.compile(source)
+        except Exception as error:
+            raise OmniInputError(f"the chat template cannot be compiled: {words_of(error)}") from error
         if continue_final_message and "continue_final_message" not in variables:
             raise OmniInputError("this chat template cannot continue a message; use the default one")
         options, values = split_options({**(processor_kwargs or {}), **kwargs}, variables)
@@ -289,10 +292,11 @@ class OmniProcessor(ProcessorMixin):
                 raise OmniInputError(f"conversation {i} has no part for {left} of the media given beside it")
             try:
                 rendered.append(template.render(messages=messages, **values))
+                check_encodable(rendered[-1])
             except OmniInputError:
                 raise
-            except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-                raise OmniInputError(f"the chat template failed on conversation {i}: {error}") from error
+            except Exception as error:  # a template can raise whatever Python can
+                raise OmniInputError(f"the chat template failed on conversation {i}: {words_of(error)}") from error
             check_text(rendered[-1], f"conversation {i}", options)
             parts.append(sample_parts)
         if not tokenize:
@@ -350,7 +354,7 @@ class OmniProcessor(ProcessorMixin):
                 labels = value == LABELS_ON
             elif value not in used:
                 flush()
-                sample.extend([codec.special_ids[value]], TYPE_TEXT, labels)
+                sample.extend([self._id(value)], TYPE_TEXT, labels)
             else:
                 i = used[value]
                 used[value] += 1
@@ -517,7 +521,7 @@ class OmniProcessor(ProcessorMixin):
             OmniImageProcessor.from_pretrained(path, **hub),
             OmniVideoProcessor.from_pretrained(path, **hub),
             extractor,
-            AutoTokenizer.from_pretrained(path, **hub),
+            AutoTokenizer.from_pretrained(path, trust_remote_code=False, **hub),  # None: a person is asked
         ]
 
     @classmethod

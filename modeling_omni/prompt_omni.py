@@ -232,7 +232,7 @@ def prepare_messages(
             raise OmniInputError(f"message {i} must be a dict with a role and content, not {type(message).__name__}")
         role = "system" if message["role"] == "developer" else message["role"]
         if role not in ROLES:
-            raise OmniInputError(f"message {i} has role {role!r}; use one of {', '.join(ROLES)}")
+            raise OmniInputError(f"message {i} has role {role!r:.80}; use one of {', '.join(ROLES)}")
         text = _content(message.get("content"), i, role, loose, parts)
         entry = {"role": role}
         reasoning = message.get("reasoning_content")
@@ -291,7 +291,7 @@ def _content(content, index: int, role: str, loose: dict[str, list], parts: list
             parts.append((kind, part))
         else:
             raise OmniInputError(
-                f"message {index}: unknown part {part.get('type') if isinstance(part, dict) else part!r}; "
+                f"message {index}: unknown part {part.get('type') if isinstance(part, dict) else part!r:.80}; "
                 "use text, image, video or audio"
             )
     return "".join(pieces)
@@ -343,7 +343,7 @@ def _tool_call(call, index: int) -> dict:
         except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, dict):
-        raise OmniInputError(f"message {index}: arguments of tool call {function['name']!r} must be a JSON object")
+        raise OmniInputError(f"message {index}: arguments of tool call {function['name']!r:.80} must be a JSON object")
     return {"name": escape(function["name"]), "arguments": escape_tree(arguments)}
 
 

@@ -505,3 +505,11 @@ def test_what_the_server_refuses(site):
     if status == 200:  # it is taken in, and answered with an error
         answer = fetch(f"{site.url}/gradio_api/queue/data?session_hash=stranger", **known)[1]
         assert b'"success":true' not in answer and b"root:" not in answer
+    value["files"][0]["path"] = "http://example.com/a.png"  # gradio would download it
+    controls = [False, -1, 8, 0, 0, 0, True, 0, 1, 0, ""]
+    event = json.dumps({"data": [value, *controls], "fn_index": 0, "session_hash": "other"}).encode()
+    assert fetch(f"{site.url}/gradio_api/queue/join", event, **known)[0] == 200
+    answer = fetch(f"{site.url}/gradio_api/queue/data?session_hash=other", **known)[1]
+    assert b"addresses are not read here" in answer
+    for path in ("proxy=https://a.hf.space/x", "file=http://example.com/a.png", "process_recording", "deep_link"):
+        assert fetch(f"{site.url}/gradio_api/{path}", **known)[0] == 404

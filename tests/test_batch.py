@@ -181,6 +181,10 @@ def test_files_that_would_be_ambiguous_are_refused(nano, tmp_path):
         run_batch(*nano, str(tmp_path / "none"), str(tmp_path / "out"))
     with pytest.raises(OmniInputError, match="cannot be written"):
         run_batch(*nano, source, str(tmp_path / "none" / "out"))
+    os.mkfifo(tmp_path / "pipe")  # would wait for ever
+    for files in (("/dev/zero", str(tmp_path / "out")), (source, str(tmp_path / "pipe"))):
+        with pytest.raises(OmniInputError, match="is not a regular file"):
+            run_batch(*nano, *files)
     held = Results(str(tmp_path / "held"))
     with pytest.raises(OmniInputError, match="another process"):
         Results(str(tmp_path / "held"))

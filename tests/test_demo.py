@@ -1,6 +1,7 @@
 """The demo behind its page: sessions, stopping, limits, deletion, what the model saw; on nano, without a browser."""
 
 import asyncio
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import app
-from modeling_omni import OmniInputError
+from modeling_omni import OmniInputError, demo_guard
 from modeling_omni.conversation import ConversationCache, media_of
 from modeling_omni.demo import EXAMPLES, Demo, Session, Settings, count_line, media_kind
 from modeling_omni.demo_guard import MAX_BODY_BYTES, Guard
@@ -378,7 +379,17 @@ def test_exposed_hosts_need_a_password(capsys, monkeypatch):
     assert app.main(["--host", "0.0.0.0"]) == 2 and "OMNI_PASSWORD" in capsys.readouterr().err
     monkeypatch.setenv("OMNI_PASSWORD", "short")
     assert app.main(["--host", "0.0.0.0"]) == 2
-    assert app.right_password("p\u00e4ssword", "p\u00e4ssword") and not app.right_password("password", "p\u00e4ssword")
+
+
+def test_a_wrong_password_holds_nobody_else_up():
+    async def all_at_once():
+        check = app.login_of("p\u00e4ssword")
+        wrong = asyncio.create_task(check("ann", "password"))
+        await asyncio.sleep(0)
+        assert await check("bob", "p\u00e4ssword") and not wrong.done()
+        assert not await wrong
+
+    asyncio.run(all_at_once())
 
 
 def request(guard: Guard, path="/", host=b"127.0.0.1:7860", body=(b"",), **headers) -> tuple[int, dict, bytes]:
@@ -419,6 +430,54 @@ def test_guard_of_hosts_sizes_and_room(tmp_path):
     upload = "/gradio_api/upload"
     assert request(guard, upload, content_length=b"2000")[0] == 200
     assert request(guard, upload, content_length=str(MAX_BODY_BYTES + 2001).encode())[0] == 413
-    (tmp_path / "old").write_bytes(bytes(1500))
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "old").write_bytes(bytes(1500))
     assert request(guard, upload, content_length=b"2000")[0] == 507
     assert request(Guard(echo, None, str(tmp_path), 1, 1, 1), host=b"any.example")[0] == 200
+    for path in ("file=http://a.example/b", "file=HTTPS://a.example/b", "proxy=https://a.example/b", "deep_link"):
+        assert request(guard, f"/gradio_api/{path}")[0] == 404
+
+
+def test_uploads_share_the_room_and_those_that_break_off_leave_nothing(tmp_path, monkeypatch):
+    inside, go_on = asyncio.Event(), asyncio.Event()
+
+    async def stores(scope, receive, send):
+        (tmp_path / "tmp1").write_bytes(b"half")  # as gradio does while it comes
+        inside.set()
+        if scope["path"] == "/slow/upload":
+            await go_on.wait()
+        await echo(scope, receive, send)
+
+    async def two_at_once():
+        guard = Guard(stores, None, str(tmp_path), disk_bytes=3000, file_bytes=1000, files=2)
+        status = []
+
+        async def never():
+            await asyncio.Event().wait()
+
+        async def send(message):
+            status.append(message.get("status"))
+
+        scope = {"type": "http", "path": "/slow/upload", "headers": [(b"content-length", b"2000")]}
+        first = asyncio.create_task(guard(scope, never, send))
+        await inside.wait()
+        await guard(scope | {"path": "/gradio_api/upload"}, never, send)
+        assert status[0] == 507 and (tmp_path / "tmp1").exists()
+        go_on.set()
+        await first
+        assert status[2] == 499 and guard.coming == []  # it did not come in time
+
+    monkeypatch.setattr(demo_guard, "UPLOAD_SECONDS", 0.01)
+    asyncio.run(two_at_once())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_and_controls_without_a_number(demo):
+    session = demo.session("first")
+    assert ask(session, "Copy: a\ud800b")
+    json.dumps(session.shown(), ensure_ascii=False).encode()
+    assert session.shown()[0]["content"] == "Copy: a?b"
+    values = [False, -1, 8, 0, 0, 0.0, True, 0.0, 1.0, 0, ""]
+    for place, value in ((1, None), (3, float("nan")), (8, []), (2, float("inf")), (9, "x")):
+        with pytest.raises(OmniInputError, match="no number"):
+            app.settings_of([*values[:place], value, *values[place + 1 :]])

@@ -3,6 +3,7 @@ memory; limits can be set; what the processor promises holds for any media; a st
 
 import io
 import json
+import os
 import resource
 import shutil
 from dataclasses import replace
@@ -26,6 +27,7 @@ from modeling_omni.fuzzing_corpus import (
     MEDIA,
     READ,
     TEXTS,
+    flac_of_unknown_length,
     hostile_messages,
     hostile_parts,
     jpeg_of_scans,
@@ -85,6 +87,30 @@ def test_errors_tell_a_path_once(kind, tmp_path):
             assert str(error.value).rfind(str(tmp_path)[:20]) == 0, name
             refused += 1
     assert refused > 10
+
+
+def test_names_that_are_no_files_and_names_that_forge_lines(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    os.symlink("/dev/zero", tmp_path / "endless")
+    (tmp_path / "a\nb\x1b[31m\x9b").write_bytes(b"x")
+    names = ("pipe", "loop", "endless", ".", "a\nb\x1b[31m\x9b", "none\r\nhere", "a" * 5000, "a\0b", "\u202egnp.a")
+    for name in names:
+        for read in LOAD.values():
+            with pytest.raises(OmniInputError) as error:
+                read(str(tmp_path / name))
+            assert str(error.value).isascii() and str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_sound_is_read_to_its_end():
+    """Of an Ogg file also what stands behind its first recording, of a FLAC also without a length in its header."""
+    assert len(load_audio(flac_of_unknown_length())) == 4000
+    for subtype in ("VORBIS", "OPUS"):
+        chained = sound(kind="OGG", subtype=subtype) + sound(kind="OGG", subtype=subtype)
+        assert 7800 < len(load_audio(chained)) < 8200  # of each, FFmpeg pads or trims a block
+    for kind, name in (("audio", "codec that nobody knows"), ("video", "frames in another file")):
+        with pytest.raises(OmniInputError, match="codec that is not known"):
+            LOAD[kind](MEDIA[kind]()[name][0])
 
 
 def test_files_with_the_wrong_ending(tmp_path):
@@ -221,6 +247,32 @@ def test_tools_that_are_none_or_too_deep(processor):
         processor.apply_chat_template(user, tools=deep, tokenize=True)
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{% if %}", "{{ '{0}'.format() }}", "{{ '%(a)s' % {} }}", "{{ 'a'.encode('x') }}", "{{ 'a' * 10**17 }}",
+     "{{ 10**5000 }}", "{{ '\ud800' }}", "{{ '\\ud800' }}", "\ufdd0<image>", "{{ cycler().next() }}", "{{ 1 / 0 }}",
+     "{% include '/etc/passwd' %}", "{{ messages.__class__.__mro__ }}", "{{ ''|attr('x').y }}",
+     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{% for i in range(10**9) %}{% endfor %}", 7],
+)  # fmt: skip
+def test_templates_that_fail(processor, template):
+    """Of a checkpoint, whose template is compiled and rendered in a sandbox."""
+    with pytest.raises(OmniInputError) as error:
+        processor.apply_chat_template([{"role": "user", "content": "a"}], chat_template=template, tokenize=True)
+    assert len(str(error.value)) < 400
+
+
+def test_errors_are_short(processor):
+    call = {"function": {"name": "f" * 10_000, "arguments": "x"}}
+    for message in (
+        {"role": "x" * 10_000, "content": "a"},
+        {"role": "user", "content": [{"type": "x" * 10_000}]},
+        {"role": "assistant", "tool_calls": [call]},
+    ):
+        with pytest.raises(OmniInputError) as error:
+            processor.count_tokens([message, {"role": "user", "content": "a"}])
+        assert len(str(error.value)) < 400
+
+
 @pytest.mark.parametrize("kind", MEDIA)
 def test_parts_whose_options_lie(processor, kind):
     good = {"image": picture(), "audio": sound(), "video": CLIP}[kind]
@@ -256,6 +308,20 @@ def test_broken_checkpoints(name, tmp_path):
     with pytest.raises(OmniInputError, match="copy.*(cannot be loaded|config.json)"):
         load(str(folder))
     assert peak() - before < 400 * 1024**2
+
+
+def test_nobody_is_asked_to_run_code_of_a_checkpoint(tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(resolve_checkpoint("nano"), folder, ignore=shutil.ignore_patterns("examples", "*.png"))
+    code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | code))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')\nclass Evil: pass\n")
+    answers = io.StringIO("y\n" * 9)
+    monkeypatch.setattr("sys.stdin", answers)
+    with pytest.raises(OmniInputError, match="copy: cannot be loaded"):
+        load(str(folder))
+    assert answers.tell() == 0 and not (tmp_path / "owned").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ properties

@@ -730,6 +730,9 @@ def test_urls_are_refused_or_read(server):
     for host in ("[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
                  "2130706433", "[64:ff9b::7f00:1]", "[fe80::1]", "224.0.0.1"):  # fmt: skip
         refused(load_image, f"http://{host}:{port}/a.png", "not a public address|cannot be downloaded", limits=on)
+    for host in ("192.0.0.192", "192.88.99.1", "[::127.0.0.1]", "[::ffff:0:7f00:1]", "[64:ff9b:1::7f00:1]", "[fec0::1]",
+                 "[2002:7f00:1::]", "127.1", "0x7f000001", "\u2460\u2461\u2466.0.0.1"):  # fmt: skip
+        refused(load_image, f"http://{host}:{port}/a.png", "not a public address", limits=on)
     for url in ("file:///etc/passwd", "ftp://example.org/a", "http://", "http://user:pw@127.0.0.1/", "http://a:99999/",
                 "rtsp://127.0.0.1/x", "http://[::1"):  # fmt: skip
         refused(load_image, url, limits=on)
