@@ -5,10 +5,12 @@
 Rules: peers take turns in one process; shown are the minimum and the median of the repetitions; dtype, threads,
 allocator settings and the load of the machine stand above the table; shares are of what this machine was measured to do
 just before (square GEMM of the dtype, or reading memory, for decoding); peak memory is what one call needs beyond
-weights and inputs, measured in a process of its own. A peer that is not installed, or fails, is named in the row. A run
-on two cores takes under ten minutes: what does not fit is left out and says so (`--minutes`).
+weights and inputs, measured in a process of its own. A peer that is not installed, or fails, is named in the row.
 
-Sizes: "mid", a random hybrid of 406 million parameters (benchmark_peers.py), and "nano". The language model stands
+All rows on all cores come first, then memory, then the short rows on one thread. A run on two cores takes under ten
+minutes: what would start too late is left out and says so (`--minutes`).
+
+Sizes: "mid", a random hybrid of 228 million parameters (benchmark_peers.py), and "nano". The language model stands
 alone in prefill, decode and train; towers have their own phases.
 """
 
@@ -16,6 +18,7 @@ import argparse
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -31,7 +34,7 @@ import torch
 
 from .benchmark_phases import DTYPES, PHASES, Case, Options, models, towers
 
-SLOW = 60.0  # seconds of a first round after which there is no second
+SLOW = 15.0  # seconds of a first round after which there is no second
 
 
 # ---- measuring ----
@@ -53,22 +56,23 @@ def timed(call: Callable, device: str) -> float:
 def take_turns(case: Case, options: Options) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Seconds of every call, one call of each in turn until the time is up; and what failed.
 
-    The first round warms up, and counts only where it takes longer than `SLOW`.
+    The first round warms up, and counts only where its calls together take longer than `SLOW`.
     """
     calls = case.calls
     times, failed = {name: [] for name in calls}, {}
     spent, rounds = 0.0, 0
-    while rounds < (2 if options.quick else 8):
+    while rounds < (2 if options.quick else 8) and spent <= options.seconds * len(calls):
+        start = time.perf_counter()
         for name in [name for name in calls if name not in failed]:
             try:
-                start = time.perf_counter()
                 with torch.set_grad_enabled(case.grad):
                     times[name].append(timed(calls[name], options.device))
-                spent += time.perf_counter() - start
             except Exception as error:  # a peer that cannot is a result
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         rounds += 1
-        if spent > (options.seconds * len(calls) if rounds > 1 else SLOW):
+        if rounds > 1:
+            spent += time.perf_counter() - start
+        elif sum(map(sum, times.values())) > SLOW:
             break
     times = {name: seconds[1:] or seconds for name, seconds in times.items() if name not in failed}
     return times, failed
@@ -118,7 +122,7 @@ def opponent(peer: str, times: dict[str, list[float]]) -> str | None:
     return min(own, key=lambda name: min(times[name]), default=None)
 
 
-def run_case(phase: str, number: int, case: Case, threads: int, peaks: dict, options: Options, deadline: float) -> dict:
+def run_case(phase: str, case: Case, threads: int, peaks: dict, options: Options) -> dict:
     times, failed = take_turns(case, options)
     row = {"phase": phase, "size": case.size, "dtype": case.dtype, "threads": threads, "calls": {}}
     for name in (*case.calls, *case.missing):
@@ -131,9 +135,39 @@ def run_case(phase: str, number: int, case: Case, threads: int, peaks: dict, opt
                 entry |= {"share": case.flops / fastest / peaks[case.dtype], "of": "GEMM"}
             elif case.moved:
                 entry |= {"share": case.moved / fastest / peaks["memory"], "of": "memory"}
-        if case.memory and name in ("ours", "native") and name in times and time.monotonic() < deadline:
-            entry["memory"] = memory_elsewhere(phase, number, name, threads, options)
     return row
+
+
+def run_phases(phases: list[str], threads: list[int], peaks: dict, options: Options, deadline: float):
+    """-> rows in the order of the phases; {phase: seconds that it took, what it is made of included}."""
+    rows, seconds = [], dict.fromkeys([*phases, "memory"], 0.0)
+    memory, counts = {}, dict.fromkeys(phases)  # rows by "PHASE:NUMBER"; how many cases of a phase to make
+    for threads_now in reversed(threads):
+        first, alone = threads_now == threads[-1], dict.fromkeys(phases, 0)
+        torch.set_num_threads(threads_now)
+        for phase in phases:
+            start = time.monotonic()
+            for number, case in enumerate(itertools.islice(PHASES[phase](options), counts[phase])):
+                if case.alone:
+                    alone[phase] = number + 1
+                elif not first:
+                    continue
+                if time.monotonic() < deadline:
+                    rows.append(run_case(phase, case, threads_now, peaks[threads_now], options))
+                    print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+                    if case.memory and first:
+                        memory[f"{phase}:{number}"] = rows[-1]
+                else:
+                    row = {"phase": phase, "size": case.size, "dtype": case.dtype, "threads": threads_now}
+                    rows.append(row | {"skipped": "left out: the time is over (--minutes)"})
+            seconds[phase] += time.monotonic() - start
+        counts, start = alone, time.monotonic()
+        if first and memory and start < deadline:
+            for name, measured in memory_elsewhere(list(memory), threads_now, options).items():
+                for peer, peak in measured.items():
+                    memory[name]["calls"][peer]["memory"] = peak
+            seconds["memory"] = time.monotonic() - start
+    return sorted(rows, key=lambda row: phases.index(row["phase"])), seconds
 
 
 def operators(case: Case, options: Options, most: int = 8) -> str:
@@ -153,11 +187,48 @@ def operators(case: Case, options: Options, most: int = 8) -> str:
     return ", ".join(shares)
 
 
-def memory_elsewhere(phase: str, number: int, peer: str, threads: int, options: Options) -> float | None:
-    command = [sys.executable, "-m", "modeling_omni.benchmark", "--phases", phase, "--threads", str(threads)]
-    command += ["--device", options.device, "--dtypes", ",".join(options.dtypes), "--memory-of", f"{number}:{peer}"]
-    result = subprocess.run(command + ["--quick"] * options.quick, capture_output=True, text=True)
-    return float(result.stdout.split()[-1]) if result.returncode == 0 and result.stdout.split() else None
+def memory_elsewhere(wanted: list[str], threads: int, options: Options) -> dict[str, dict[str, float]]:
+    """Peak memory of the cases "PHASE:NUMBER", {"PHASE:NUMBER": {"ours": bytes, "native": bytes}}: none where a call
+    fails. One process makes the models, and every call runs in a copy of it."""
+    command = [sys.executable, "-m", "modeling_omni.benchmark", "--memory-of", ",".join(wanted)]
+    command += ["--threads", str(threads), "--device", options.device, "--dtypes", ",".join(options.dtypes)]
+    result = subprocess.run(command + ["--quick"] * options.quick, stdout=subprocess.PIPE, text=True)
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    return {name: measured for line in lines for name, measured in line.items()}
+
+
+def print_memory(wanted: list[str], threads: int, options: Options) -> None:
+    """What `memory_elsewhere` reads. Nothing is computed on more than one thread before a process is copied: a copy
+    has none of the threads that OpenMP then believes to have."""
+    torch.set_num_threads(1)
+    for phase in dict.fromkeys(name.split(":")[0] for name in wanted):
+        numbers = [int(name.split(":")[1]) for name in wanted if name.startswith(phase + ":")]
+        for number, case in enumerate(itertools.islice(PHASES[phase](options), max(numbers) + 1)):
+            if number in numbers:
+                measured = {peer: in_copy(case, peer, threads, options) for peer in ("ours", "native")}
+                measured = {peer: peak for peer, peak in measured.items() if peak is not None}
+                print(json.dumps({f"{phase}:{number}": measured}), flush=True)
+
+
+def in_copy(case: Case, peer: str, threads: int, options: Options) -> float | None:
+    def measure() -> float:
+        torch.set_num_threads(threads)
+        with torch.set_grad_enabled(case.grad):
+            return peak_memory(case.calls[peer], options.device)
+
+    if options.device.startswith("cuda"):  # no copy has a GPU; what was used before does not count there
+        return measure()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    copy = context.Process(target=lambda: sender.send(measure()))
+    copy.start()
+    sender.close()  # so that a copy that dies ends the waiting
+    try:
+        return receiver.recv()
+    except EOFError:
+        return None
+    finally:
+        copy.join()
 
 
 def settings(options: Options, peaks: dict[int, dict]) -> dict:
@@ -224,56 +295,45 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m modeling_omni.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated (default: all)")
     parser.add_argument("--threads", default=f"1,{cores}" if cores > 1 else "1",
-                        help="small cases run at all of these numbers, others at the largest")  # fmt: skip
+                        help="short cases run at all of these numbers, others at the largest")  # fmt: skip
     parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated (default: bf16,fp32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: cuda where there is one, else cpu")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=9.5, help="cases that would start later are left out")
+    parser.add_argument("--minutes", type=float, default=9, help="cases that would start later are left out")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--profile", action="store_true", help="instead: in which operators our time is spent")
     parser.add_argument("--out", help="also write settings and all numbers as JSON")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # NUMBER:PEER of the one phase given
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # see `memory_elsewhere`
     given = parser.parse_args(argv)
     phases, dtypes = given.phases.split(","), given.dtypes.split(",")
     if unknown := [f for f in phases if f not in PHASES] + [d for d in dtypes if d not in DTYPES]:
         parser.error(f"unknown: {', '.join(unknown)}; phases: {', '.join(PHASES)}; dtypes: {', '.join(DTYPES)}")
-    options = Options(given.device, dtypes, given.quick, 0.2 if given.quick else 2.5)
+    options = Options(given.device, dtypes, given.quick, 0.2 if given.quick else 1.0)
     threads = sorted({int(number) for number in given.threads.split(",")})
-    torch.set_num_threads(threads[-1])
     if given.memory_of:
-        number, peer = given.memory_of.split(":")
-        case = next(itertools.islice(PHASES[phases[0]](options), int(number), None))
-        with torch.set_grad_enabled(case.grad):
-            print(peak_memory(case.calls[peer], options.device))
+        print_memory(given.memory_of.split(","), threads[-1], options)
         return 0
+    torch.set_num_threads(threads[-1])
     if given.profile:
         for phase in phases:
             for case in PHASES[phase](options):
                 print(f"{phase}, {case.size}, {case.dtype}: {operators(case, options)}", flush=True)
             models.cache_clear(), towers.cache_clear(), gc.collect()
         return 0
-    deadline = time.monotonic() + 60 * given.minutes
+    start = time.monotonic()
     peaks = {}
     for count in threads:
         torch.set_num_threads(count)
         peaks[count] = machine_peaks(options.device, dtypes, given.quick)
-    about, rows = settings(options, peaks), []
+    about = settings(options, peaks)
     for name, value in about.items():
         print(f"{name}: {value}", flush=True)
-    for phase in phases:
-        for number, case in enumerate(PHASES[phase](options)):
-            for count in threads if case.alone else threads[-1:]:
-                torch.set_num_threads(count)
-                if time.monotonic() > deadline:
-                    row = {"phase": phase, "size": case.size, "dtype": case.dtype, "threads": count}
-                    rows.append(row | {"skipped": f"left out: {given.minutes:g} minutes are over"})
-                    continue
-                rows.append(run_case(phase, number, case, count, peaks[count], options, deadline))
-                print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-        models.cache_clear(), towers.cache_clear(), gc.collect()
+    rows, seconds = run_phases(phases, threads, peaks, options, start + 60 * given.minutes)
     print("\n" + markdown(rows))
     about["load after"] = [round(value, 1) for value in os.getloadavg()]
-    print(f"\nload after: {about['load after']}")
+    seconds["all"] = time.monotonic() - start
+    about["seconds"] = {name: round(value) for name, value in seconds.items()}
+    print(f"\nload after: {about['load after']}\nseconds: {about['seconds']}")
     if given.out:
         Path(given.out).write_text(json.dumps(about | {"rows": rows}, indent=1, default=str))
     return 0

@@ -1,6 +1,6 @@
 """What the benchmark compares with: transformers' native classes on the same weights, and llama.cpp on the same file.
 
-MID is a hybrid of 406 million parameters that has every kind of layer of the 30B in its proportions; weights are random
+MID is a hybrid of 228 million parameters that has every kind of layer of the 30B in its proportions; weights are random
 (an even router: the worst case for reuse of experts, the same for all). Text models share one set of tensors: the
 native class makes them, ours takes them over without a copy. llama.cpp reads them from a GGUF file, where the packages
 `xllamacpp` and `gguf` are installed.
@@ -21,7 +21,7 @@ from .modeling_omni import OmniForConditionalGeneration
 MID = {
     "vocab_size": 32768,
     "hidden_size": 768,
-    "hybrid_override_pattern": "MEMEM*EMEMEM*E",
+    "hybrid_override_pattern": "MEMEM*E",
     "mamba_num_heads": 24,
     "mamba_head_dim": 64,
     "ssm_state_size": 128,

@@ -4,6 +4,7 @@ Each phase is a generator: a case's models and inputs are made when its turn com
 """
 
 import itertools
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class Case:
     moved: float = 0.0  # bytes of weights and caches that one call (decoding: one step) must read
     missing: dict[str, str] = field(default_factory=dict)  # peer -> why it is not there
     memory: bool = False  # also measured in processes of its own
-    alone: bool = False  # also run on one thread
+    alone: bool = False  # also run on one thread; such cases come first in their phase
     grad: bool = False
 
 
@@ -46,11 +47,15 @@ class Options:
     seconds: float  # of repetitions, for each call of a case
 
 
-def scratch(name: str) -> Path:
-    """A file that later runs find again (a GGUF model, a video)."""
-    folder = Path(tempfile.gettempdir()) / "modeling-omni-benchmark"
-    folder.mkdir(exist_ok=True)
-    return folder / name
+def scratch(name: str, write: Callable[[Path], None]) -> Path:
+    """A file that later runs find again (a GGUF model, a video): whole, or not at all."""
+    path = Path(tempfile.gettempdir()) / "modeling-omni-benchmark" / name
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f"{os.getpid()}-{name}")
+        write(unfinished)
+        unfinished.replace(path)
+    return path
 
 
 # ---- language model ----
@@ -71,9 +76,8 @@ def add_llama(case: Case, options: Options, native, context: int, call: Callable
     except ImportError as error:
         case.missing["llama.cpp"] = f"{error.name} is not installed"
         return
-    path = scratch(f"mid-{case.dtype}.gguf")
-    if not path.exists():
-        peers.write_gguf(native, path)
+    millions = native.num_parameters() // 10**6  # files of other versions stay apart
+    path = scratch(f"mid-{millions}m-{case.dtype}.gguf", partial(peers.write_gguf, native))
     servers = {}
 
     def run():  # the server starts at its first turn, with the threads of that moment
@@ -92,8 +96,8 @@ def random_ids(model, batch: int, length: int) -> torch.Tensor:
 
 
 def prefill(options: Options) -> Iterator[Case]:
-    plan = [("mid", "bf16", 1024), ("mid", "bf16", 4096), ("mid", "bf16", 16384), ("mid", "fp32", 1024)]
-    plan += [("mid", "fp32", 4096)] + [("nano", "fp32", tokens) for tokens in (1024, 4096)]
+    plan = [("mid", dtype, tokens) for dtype in ("bf16", "fp32") for tokens in (1024, 4096)]
+    plan += [("mid", "bf16", 16384)] + [("nano", "fp32", tokens) for tokens in (1024, 4096, 16384)]
     for size, dtype, tokens in [("nano", "fp32", QUICK_TOKENS)] if options.quick else plan:
         if dtype not in options.dtypes:
             continue
@@ -103,7 +107,8 @@ def prefill(options: Options) -> Iterator[Case]:
         calls = {"ours": partial(ours, **inputs), "native": partial(native, **inputs)}
         case = Case(f"{size}, {tokens:,} tokens", dtype, calls)
         case.flops = prefill_flops(ours.config.llm_config, tokens)["total"]
-        case.memory, case.alone = (size, dtype, tokens) == ("mid", "bf16", 4096), (size, tokens) == ("mid", 1024)
+        case.memory = (size, dtype, tokens) == ("mid", "bf16", 4096)
+        case.alone = (size, dtype, tokens) == ("mid", options.dtypes[0], 1024)
         if tokens <= 1024:
             numbers = ids[0].tolist()
             add_llama(
@@ -142,7 +147,8 @@ def continued(model, text, held: dict, batch: int, context: int, new: int, compi
 def decode(options: Options) -> Iterator[Case]:
     """Inside `generate`. The long cache has the 30B's 32 query heads on 2 KV heads, on which its cost depends."""
     plan = [("mid", dtype, batch, 256) for dtype in ("bf16", "fp32") for batch in (1, 8)]
-    plan += [("mid32", dtype, 1, LONG_CONTEXT) for dtype in ("bf16", "fp32")] + [("nano", "fp32", 1, 256)]
+    plan += [("mid32", dtype, 1, LONG_CONTEXT) for dtype in ("bf16", "fp32")]
+    plan += [("nano", "fp32", batch, 256) for batch in (1, 8)]
     for size, dtype, batch, context in [("nano", "fp32", 1, 16), ("nano", "fp32", 1, 300)] if options.quick else plan:
         if dtype not in options.dtypes:
             continue
@@ -170,9 +176,11 @@ def decode(options: Options) -> Iterator[Case]:
                 del runs["native, compiled"]
         # compiling takes a while for each shape, dtype and number of threads
         compiled = size != "nano" and (dtype == "bf16" or batch == 1)
+        if compiled:
+            torch.compiler.reset()  # else what differs from case to case is compiled as something that varies
         case.calls = {name: run for name, run in runs.items() if compiled or "compiled" not in name}
         if size == "mid" and batch == 1 and not long:
-            case.alone = True
+            case.alone = dtype == options.dtypes[0]
             numbers = ids[0].tolist()
             call = lambda server, ids=numbers, new=new: peers.llama_seconds(server, ids, new)[1]  # noqa: E731
             add_llama(case, options, native, context + new + 64, call)
@@ -198,7 +206,7 @@ def train(options: Options) -> Iterator[Case]:
         packed = partial(train_step, ours, ids, seq_idx=documents, skip_logits=True)
         calls = {"ours": packed, "native": partial(train_step, native, ids)}
         flops = train_flops(ours.config.llm_config, tokens, tokens / 4)
-        yield Case(f"{size}, {tokens:,} tokens", dtype, calls, flops, memory=size == "mid", grad=True)
+        yield Case(f"{size}, {tokens:,} tokens", dtype, calls, flops, memory=size == "mid" or options.quick, grad=True)
 
 
 def scan(options: Options) -> Iterator[Case]:
@@ -207,7 +215,7 @@ def scan(options: Options) -> Iterator[Case]:
 
     text = peers.omni_config("mid").llm_config
     heads, size, groups, state = text.mamba_num_heads, text.mamba_head_dim, text.n_groups, text.ssm_state_size
-    for dtype, tokens in itertools.product(options.dtypes, (QUICK_TOKENS,) if options.quick else (4096, 16384)):
+    for tokens, dtype in itertools.product((QUICK_TOKENS,) if options.quick else (4096, 16384), options.dtypes):
         kind = {"device": options.device, "dtype": DTYPES[dtype]}
         x, B, C = (torch.randn(1, tokens, *s, **kind) for s in ((heads, size), (groups, state), (groups, state)))
         dt = torch.rand(1, tokens, heads, device=options.device) * 0.1
@@ -215,7 +223,9 @@ def scan(options: Options) -> Iterator[Case]:
         native = partial(mamba2_chunk_scan, x, dt, A, B, C, text.chunk_size, return_final_states=True)
         calls = {"ours": partial(ssd_scan, x, dt, A, B, C), "native": native}
         flops = 4.0 * tokens * heads * size * state  # of the recurrence; both spend more on chunks
-        yield Case(f"{heads} heads, {tokens:,} tokens", dtype, calls, flops, memory=tokens > 4096, alone=tokens == 4096)
+        case = Case(f"{heads} heads, {tokens:,} tokens", dtype, calls, flops, alone=tokens <= 4096)
+        case.memory = dtype == options.dtypes[0] and tokens != 4096
+        yield case
 
 
 # ---- towers ----
@@ -241,7 +251,7 @@ def vision(options: Options) -> Iterator[Case]:
             "native": partial(native.get_image_features, pixels, grid[:, 1:]),
         }
         flops = vision_flops(config, grid.prod(-1).tolist())
-        yield Case(f"{size}, {count} images of different sizes", dtype, calls, flops, memory=size == "mid")
+        yield Case(f"{size}, {count} images of different sizes", dtype, calls, flops)
         tubelets, h, w = (2, 4, 4) if options.quick else (32, 3 * step, 3 * step)
         frames = torch.randn(tubelets, 6, 16 * h, 16 * w, **kind)
         patches = frames.view(tubelets, 6, h, 16, w, 16).permute(0, 2, 4, 1, 3, 5).reshape(tubelets * h * w, -1)
@@ -339,9 +349,7 @@ def ttft(options: Options) -> Iterator[Case]:
     from .video_processing_omni import OmniVideoProcessor
 
     frames, side = (8, 64) if options.quick else (512, 512)
-    path = scratch(f"{frames}-{side}.mp4")
-    if not path.exists():
-        write_video(path, frames, side)
+    path = scratch(f"{frames}-{side}.mp4", partial(write_video, frames=frames, side=side))
     processor = OmniProcessor.from_pretrained(peers.resolve_checkpoint("nano"))
     sizes = processor.video_processor.to_dict() | {"video_temporal_patch_size": 1}
     parts = processor.image_processor, OmniVideoProcessor(**sizes), processor.feature_extractor, processor.tokenizer
