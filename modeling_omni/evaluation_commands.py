@@ -53,16 +53,24 @@ def write_result(options, names: tuple[str, ...], started: float, device: str, *
         json.dump(about | provenance() | result, file, indent=1)
 
 
+ASKING = ("max_new_tokens", "temperature", "top_p", "frames", "fps", "video_pruning_rate", "max_media_tokens")
+ASKING += ("max_prompt_tokens", "prefill_chunk_size", "metric", "system")
+
+
+def refuse_flags(options, names: tuple[str, ...], suite: str) -> None:
+    """Raises an OmniInputError where a flag is given that a suite would not look at."""
+    given = [name for name in names if getattr(options, name) is not None]
+    if given:
+        raise OmniInputError(f"--{given[0].replace('_', '-')} is for other evaluations, not for --suite {suite}")
+
+
 def run_eval(options, load_model, note) -> int:
     if options.suite == "quantization":
+        refuse_flags(options, (*ASKING, "think", "reasoning_budget", "reasoning_grace", "without"), options.suite)
         return run_quantization(options, note)
     if options.data or options.suite == "tables":
         return run_benchmarks(options, load_model, note)
-    names = ("max_new_tokens", "temperature", "top_p", "frames", "fps", "video_pruning_rate", "max_media_tokens")
-    names += ("max_prompt_tokens", "prefill_chunk_size", "metric", "system")
-    given = [name for name in names if getattr(options, name) is not None]
-    if given:
-        raise OmniInputError(f"--{given[0].replace('_', '-')} is for --data and --suite tables, not for --suite nano")
+    refuse_flags(options, ASKING, options.suite)
     check_writable(options.out)
     options.samples = options.samples or 100
     started = time.monotonic()

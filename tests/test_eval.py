@@ -166,8 +166,9 @@ def test_what_is_refused(run, tmp_path):
         (["--data", f"a/b={file}", "--out", tmp_path / "o"], "no file name"),
         (["--data", tmp_path / "none.jsonl", "--out", tmp_path / "o"], "no such file"),
         (["--data", file, "--skills", "text_copy", "--out", tmp_path / "o"], "alone"),
-        (["--temperature", "1"], "--temperature is for --data"),
-        (["--max-prompt-tokens", "9"], "--max-prompt-tokens is for --data"),
+        (["--temperature", "1"], "--temperature is for other"),
+        (["--suite", "quantization", "--think", "--out", tmp_path / "o"], "not for --suite quantization"),
+        (["--max-prompt-tokens", "9"], "--max-prompt-tokens is for other"),
         (["--suite", "tables", "--model", "other", "--out", tmp_path / "o"], "need benchmarks"),
         (["--suite", "tables", "--think", "--out", tmp_path / "o"], "itself"),
     ]
