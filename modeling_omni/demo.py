@@ -152,12 +152,21 @@ class Session:
             if sum(map(part_bytes, opened.values())) > limits.media.max_decoded_bytes:
                 limit = f"{limits.media.max_decoded_bytes:,} bytes (MediaLimits.max_decoded_bytes)"
                 raise OmniInputError(f"the media of this message are too large when decoded; limit {limit}; send fewer")
+            held = self.decoded_bytes(opened) + sum(other.decoded_bytes() for other in self.demo.others(self))
+            if held > limits.decoded_bytes:
+                limit = f"{limits.decoded_bytes:,} bytes (DemoLimits.decoded_bytes)"
+                raise OmniInputError(f"all that is open here holds too much media; limit {limit}; send fewer, or later")
             capped = settings.max_patches is not None and part["type"] != "audio"
             parts.append(part | ({"max_patches": settings.max_patches} if capped else {}))
         self.opened = opened
         if question:
             return checked_message(text, parts)
         return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+    def decoded_bytes(self, opened: dict[tuple, dict] | None = None) -> int:
+        """Memory of what was said and of the message being written, or of other parts in its place."""
+        said = [part for message in self.chat.messages for part in message["content"] if isinstance(part, dict)]
+        return sum(map(part_bytes, [*said, *(self.opened if opened is None else opened).values()]))
 
     def open(self, path: str, frames: int | None, sound: bool) -> dict:
         """A decoded file as a part of a message."""
@@ -371,6 +380,10 @@ class Demo:
             self.sessions.move_to_end(key)
             return found
 
+    def others(self, session: Session) -> list[Session]:
+        with self.lock:
+            return [other for other in self.sessions.values() if other is not session]
+
     def close_session(self, key: str) -> None:
         """Ends a session: its answer stops, its files and what the model kept of it are deleted."""
         with self.lock:
@@ -398,7 +411,7 @@ class Demo:
         with self.lock:
             files, session.files = session.files, session.files & kept
             for path in files - kept:
-                if not any(path in other.files for other in self.sessions.values() if other is not session):
+                if not any(path in other.files for other in self.others(session)):
                     with contextlib.suppress(OSError):
                         os.unlink(path)
                     with contextlib.suppress(OSError):

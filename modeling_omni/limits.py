@@ -97,6 +97,7 @@ class DemoLimits:
     waiting: int = 16  # answers that wait for the model
     batch: int = 4  # answers that run at a time
     decoders: int = 2  # messages decoded and encoded at a time
+    decoded_bytes: int = 8 * 1024**3  # of the pictures, frames and sounds that all sessions hold
     cache_bytes: int = 1024**3  # states of conversations, and as much for features of media
     media: MediaLimits = field(default_factory=lambda: replace(server_media_limits(), allow_paths=True))  # of uploads
 

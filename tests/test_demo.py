@@ -236,6 +236,12 @@ def test_limits_of_people_turns_and_media(nano, tmp_path):
             pass
         assert "of a conversation" in a.problem and "(MediaLimits.max_decoded_bytes)" in a.problem
         demo.sessions["c"].busy.release()
+        limits.decoded_bytes = 40_000
+        for _ in demo.session("c").ask(RED, [str(EXAMPLES / "word.png")], demo.defaults):
+            pass
+        assert "(DemoLimits.decoded_bytes)" in demo.session("c").problem
+        a.clear()
+        ask(demo.session("c"), RED, [str(EXAMPLES / "word.png")])
         limits.idle_seconds = 0.0
         demo.session("a")
         assert set(demo.sessions) == {"a"}
