@@ -169,6 +169,12 @@ def routed_experts(
         return experts_grouped(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
     if torch.compiler.is_compiling() and len(hidden_TD) <= GATHER_TOKENS:
         return experts_gathered(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
+    return experts_sorted(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
+
+
+@torch.compiler.disable  # how many rows an expert gets is data: compiled code would fit one step, and be made anew
+def experts_sorted(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI):
+    """`routed_experts` as one pair of products per chosen expert."""
     if needs_grad(hidden_TD, weights_TK, up_EID, down_EDI):
         return _RoutedExperts.apply(hidden_TD, experts_TK, weights_TK, up_EID, down_EDI)
     even = hidden_TD.device.type == "cpu" and hidden_TD.dtype == torch.bfloat16

@@ -487,7 +487,8 @@ def chunked_cross_entropy(
     def loss_of(states, targets):
         return F.cross_entropy(head(states).float(), targets, reduction="sum")
 
-    total = hidden.sum() * 0.0  # keeps the graph whole when a batch has no trained token
+    # keeps the graph whole when a batch has no trained token; a sum in float16 may overflow
+    total = hidden.sum(dtype=torch.float32) * 0.0
     parts = list(zip(states.split(chunk), targets.split(chunk)))
     parts += [(states[:0], targets[:0])] * (min_chunks - len(parts))
     for part, target in parts:

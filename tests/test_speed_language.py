@@ -19,6 +19,7 @@ import modeling_omni.kernels as kernels
 import modeling_omni.ssd as ssd
 from modeling_omni.configuration_omni import OmniTextConfig
 from modeling_omni.kernels import (
+    GATHER_TOKENS,
     causal_attention,
     experts_gathered,
     experts_grouped,
@@ -29,7 +30,13 @@ from modeling_omni.kernels import (
     routed_experts,
     sort_by_expert,
 )
-from modeling_omni.modeling_language import OmniLanguageModel, TopKRouter, attention_inputs, init_language_weights
+from modeling_omni.modeling_language import (
+    OmniLanguageModel,
+    TopKRouter,
+    attention_inputs,
+    chunked_cross_entropy,
+    init_language_weights,
+)
 from modeling_omni.ssd import causal_conv1d, causal_conv1d_step, cuda_kernels, ssd_scan, ssd_step
 
 # ---- the scan ----
@@ -444,6 +451,32 @@ def test_training_keeps_few_bytes_of_a_mamba_layer():
     values = sum(storage.nbytes() for storage in storages.values()) / 4 / 1024
     inner, conv, heads = 64, 64 + 2 * 2 * 16, 8
     assert values < 2 * 32 + (inner + conv + heads) + conv + 3 * heads + 2 * inner + inner * 16 / 1024 + 4
+
+
+def test_compiled_experts_of_many_tokens_are_not_compiled_anew():
+    """More tokens than are gathered: how they fall on the experts must not be part of what is compiled."""
+    torch._dynamo.reset()
+    graphs, made = [], []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda hidden, *rest: routed_experts(hidden * 2, *rest) + 1, backend=count, dynamic=False)
+    up, down = torch.randn(16, 6, 8), torch.randn(16, 8, 6)
+    with torch.no_grad():
+        for step in range(3):
+            hidden, weights = torch.randn(GATHER_TOKENS + 1, 8), torch.rand(GATHER_TOKENS + 1, 2)
+            experts = torch.randint(5 + step, (GATHER_TOKENS + 1, 2))
+            output = compiled(hidden, experts, weights, up, down)
+            torch.testing.assert_close(output, routed_experts(hidden * 2, experts, weights, up, down) + 1)
+            made.append(len(graphs))
+    assert made == [made[0]] * 3 and made[0] > 0
+
+
+def test_loss_in_float16_survives_large_sums():
+    hidden, head = torch.full((1, 64, 32), 60, dtype=torch.float16), torch.nn.Linear(32, 8, dtype=torch.float16)
+    assert chunked_cross_entropy(hidden, head, torch.ones(1, 64, dtype=torch.long)).isfinite()
 
 
 @pytest.mark.parametrize("padded", [False, True])
