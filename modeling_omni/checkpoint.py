@@ -211,14 +211,14 @@ def check_weights(folder: str | Path, model: torch.nn.Module) -> None:
     for ours, tensor in model.state_dict().items():
         parts = islice(released_tensors(ours, tensor), len(found) + 1)  # one more than there can be
         expected.update((name, tuple(part.shape)) for name, part in parts)
-    if len(expected.keys() & found.keys()) < min(len(expected), len(found)) // 2:
-        return  # another layout, such as that of transformers' native class
     for name, shape in expected.items():
         if name in found and found[name][0] != shape:
             raise OmniInputError(
                 f"{found[name][1]}: {name} has shape {list(found[name][0])}, by its config.json it is {list(shape)}; "
                 "take config.json and weights from one checkpoint"
             )
+    if len(expected.keys() & found.keys()) < len(expected) // 2:
+        return  # another layout, such as that of transformers' native class
     skipped = [re.compile(pattern) for pattern in (*IGNORED_ON_LOAD, *(model._keys_to_ignore_on_load_missing or ()))]
     for names, problem in (
         (expected.keys() - found.keys(), "lacks {} tensors, such as {}; copy or download it again"),
