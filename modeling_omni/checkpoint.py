@@ -148,6 +148,24 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def check_code(folder: str | Path) -> None:
+    """Refuses a config.json that names code of a hub ("owner/kernel") for attention or experts, which transformers
+    would fetch and run. Where it is wanted, `attn_implementation` of `from_pretrained` asks for it."""
+
+    def named(node) -> list[str]:
+        nested = [one for value in node.values() if isinstance(value, dict) for one in named(value)]
+        keys = [key for key in node if key.removesuffix("_internal").endswith("_implementation")]
+        return nested + [f"{key} {node[key]!r:.200}" for key in keys if "/" in str(node[key])]
+
+    try:
+        config = json.loads((Path(folder) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return  # loading it says what is wrong
+    if isinstance(config, dict) and (found := named(config)):
+        problem = f"in its config.json {found[0]} names code of others, which is not run; take it out"
+        raise OmniInputError(f"{folder}: {problem}")
+
+
 def packed_layers(files: Iterable[str | Path]) -> tuple[dict[str, tuple[str, bool]], list[str]]:
     """Packed layers of safetensors files: {released name: (FP8 or NVFP4, has an input scale)}, and names of KV scales.
 

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .checkpoint import IGNORED_ON_LOAD, check_weights, register_released_layout
+from .checkpoint import IGNORED_ON_LOAD, check_code, check_weights, register_released_layout
 from .configuration_omni import MODEL_TYPE, OmniConfig, resolve_checkpoint
 from .configuration_omni import TYPE_AUDIO as AUDIO
 from .configuration_omni import TYPE_IMAGE as IMAGE
@@ -102,6 +102,7 @@ class OmniPreTrainedModel(PreTrainedModel):
         """
         path = resolve_checkpoint(pretrained_model_name_or_path)
         if cls.released and os.path.isdir(path) and not {"subfolder", "variant", "gguf_file"} & kwargs.keys():
+            check_code(path)
             config = kwargs.get("config")
             if not isinstance(config, cls.config_class):
                 config = cls.config_class.from_pretrained(config or path)

@@ -324,6 +324,17 @@ def test_nobody_is_asked_to_run_code_of_a_checkpoint(tmp_path, monkeypatch):
     assert answers.tell() == 0 and not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("part", [None, "llm_config", "vision_config"])
+def test_attention_of_a_checkpoint_is_no_code_of_others(part, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(resolve_checkpoint("nano"), folder, ignore=shutil.ignore_patterns("examples", "*.png"))
+    config = json.loads((folder / "config.json").read_text())
+    (config[part] if part else config)["_attn_implementation"] = "evil/kernel"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OmniInputError, match="_attn_implementation 'evil/kernel' names code of others"):
+        load(str(folder))
+
+
 # ------------------------------------------------------------------------------------------------------ properties
 
 media_strategy = st.one_of(
