@@ -280,7 +280,9 @@ def build(demo):
                     yield session.shown(), box(True, emptied) if number == 0 else gr.skip(), line(note)
             draft = session.draft if sent else None
             busy = session.running is not None  # with the next message already
-            yield session.shown(), box(busy, draft), line(session.problem or session.note, bool(session.problem))
+            said = line(session.problem or session.note, bool(session.problem))
+            cleared = not (session.exchanges or session.problem or session.draft)  # which has a line of its own
+            yield session.shown(), box(busy, draft), gr.skip() if cleared else said
         except OmniInputError as error:
             yield gr.skip(), box(False), line(str(error), True)
 

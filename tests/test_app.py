@@ -96,6 +96,7 @@ def browser():
 
 # gradio's page says so of requests on their way that it ends itself, when it is reloaded or a player goes
 ABORTED = "signal is aborted without reason"
+RELOADED = "Connection errored out"  # and this, where a reload breaks off what was under way
 
 
 class User:
@@ -322,6 +323,7 @@ def test_edit_retry_undo_and_clear(site, browser):
     expect(user.panel.get_by_text("9 image")).to_be_visible()  # its picture is back too
     user.box.press("Enter")
     expect(user.answers.last).to_have_text("top right")
+    user.answered()
     user.clear()
     expect(user.answers).to_have_count(0)
     user.leave()
@@ -386,7 +388,7 @@ def test_files_that_are_broken_or_too_large(site, browser, tmp_path):
     user.page.reload()
     user.send("Copy: abc")
     expect(user.answers.last).to_have_text("abc")
-    user.leave("413")
+    user.leave(f"413|{RELOADED}")
 
 
 def test_two_people_at_once_see_nothing_of_each_other(site, browser):
@@ -415,7 +417,7 @@ def test_two_people_at_once_see_nothing_of_each_other(site, browser):
     until(lambda: "word.png" not in site.files())
     bob.send("Copy: abc")
     expect(bob.answers.last).to_have_text("abc")
-    bob.leave()
+    bob.leave(RELOADED)
 
 
 def test_two_settings_side_by_side_and_the_limits(site, browser):
