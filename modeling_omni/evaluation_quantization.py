@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from .checkpointing import write_atomically
 from .comparison import interval_cell, paired_row
 from .evaluation import heldout_table
 from .flops import cache_bytes
@@ -60,7 +61,7 @@ def quantization_table(
             raise OmniInputError(f"{old[0]} is already there; give a new folder")
         for place in old:
             shutil.rmtree(place) if place.is_dir() else place.unlink()
-        start.write_text(json.dumps(about))
+        write_atomically(start, json.dumps(about))
     for number, name in enumerate(formats):
         packed = name if name in ("bf16", *RECIPES) else policy_name(name)
         settings = about | {"format": packed, "skills": skills, "samples": samples} | options
@@ -90,7 +91,7 @@ def quantization_table(
             model.config.llm_config, any(n.endswith("k_scale") for n, _ in model.named_buffers())
         )
         row["table"] = heldout_table(model, processor, skills, samples, progress=show, outcomes=True, **options)
-        file.write_text(json.dumps(row))
+        write_atomically(file, json.dumps(row))
         table.append(row)
     return table
 
